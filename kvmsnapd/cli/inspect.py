@@ -1,0 +1,200 @@
+"""``kvmsnapd status``, ``list`` and ``plan``: read libvirt and the configuration, and change nothing."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any
+
+from kvmsnapd.cli.render import print_table
+from kvmsnapd.config import load_config
+from kvmsnapd.daemon import read_clock
+from kvmsnapd.durations import format_duration, rough_duration
+from kvmsnapd.errors import DomainNotFoundError
+from kvmsnapd.fleet import survey
+from kvmsnapd.libvirt_host import LibvirtHost
+from kvmsnapd.plan import judge, plan_run
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Sequence
+    from datetime import datetime
+
+    from kvmsnapd.fleet import Fleet, Pair
+    from kvmsnapd.model import Inventory, Snapshot
+    from kvmsnapd.plan import Plan
+
+
+@dataclass(frozen=True)
+class _Sight:
+    """What the three commands look at."""
+
+    host: LibvirtHost
+    fleet: Fleet
+    domains: tuple[Inventory, ...]
+    pairs: tuple[Pair, ...]
+    now: datetime
+
+
+def _look(arguments: argparse.Namespace) -> _Sight:
+    config = load_config(arguments.config)
+    host = LibvirtHost(arguments.connect or config.settings.connect)
+    now = read_clock()
+    fleet = survey(config.policies, config.selectors, host.inventory(), now=now)
+    wanted = {_find(fleet, word).uuid for word in arguments.domains} or {d.uuid for d in fleet.domains}
+    domains = tuple(domain for domain in fleet.domains if domain.uuid in wanted)
+    pairs = tuple(pair for pair in fleet.pairs if pair.name.domain_uuid in wanted)
+    return _Sight(host, fleet, domains, pairs, now)
+
+
+def _find(fleet: Fleet, word: str) -> Inventory:
+    for domain in fleet.domains:
+        if word in {domain.name, domain.uuid}:
+            return domain
+    close = get_close_matches(word, [domain.name for domain in fleet.domains], n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else "; `kvmsnapd status` lists all"
+    msg = f"libvirt has no domain {word!r}{hint}"
+    raise DomainNotFoundError(msg, operation="lookup", domain=word)
+
+
+def show_status(arguments: argparse.Namespace) -> int:
+    """Print one line per (domain, policy), the worst first, then the domains that no policy protects."""
+    sight = _look(arguments)
+    pairs = sorted(sight.pairs, key=lambda pair: (-_badness(pair, sight.now), pair.name.domain, pair.name.policy))
+    rows = [_status_row(pair, sight.now) for pair in pairs]
+    unprotected = [a for a in sight.fleet.unprotected() if a.domain_uuid in {d.uuid for d in sight.domains}]
+    unmanaged = {d.name: len(snapshots) for d, snapshots in sight.fleet.unmanaged() if d in sight.domains}
+    if arguments.json:
+        answer = {"pairs": rows, "unprotected": [a.domain_name for a in unprotected], "unmanaged": unmanaged}
+        print(json.dumps(answer, indent=2))
+        return 0
+    for row in rows:
+        row["snapshots"] = str(row["snapshots"])
+    print_table(rows)
+    for assignment in unprotected:
+        print(f"{assignment.domain_name}: {assignment.coverage}, no policy protects it")
+    for name, count in unmanaged.items():
+        print(f"{name}: {count} snapshot(s) of a policy that no longer applies; nothing prunes them")
+    for name in sight.fleet.missing_domains:
+        print(f"{name}: is configured, and libvirt has no such domain")
+    return 0
+
+
+def _badness(pair: Pair, now: datetime) -> float:
+    """Return the age of the newest snapshot as a share of its limit; never having one is the worst."""
+    age = pair.age(now)
+    return age / pair.policy.max_age if age is not None else float("inf")
+
+
+def _status_row(pair: Pair, now: datetime) -> dict[str, Any]:
+    age = pair.age(now)
+    newest = next((s for s in pair.snapshots if s.mark), None)
+    if age is None:
+        state = "never"
+    elif age > pair.policy.max_age:
+        state = "overdue"
+    else:
+        state = "due" if pair.due.slot else "ok"
+    return {
+        "domain": pair.name.domain,
+        "policy": pair.name.policy,
+        "state": state,
+        "age": rough_duration(age) if age is not None else "-",
+        "limit": format_duration(pair.policy.max_age),
+        "consistency": str(newest.mark.consistency) if newest and newest.mark else "-",
+        "snapshots": len(pair.snapshots),
+        "next": pair.due.run_at.astimezone(pair.policy.timezone).isoformat(timespec="seconds"),
+        "newest": newest.name if newest else "-",
+    }
+
+
+def show_list(arguments: argparse.Namespace) -> int:
+    """Print every snapshot of every domain asked for, oldest first, with the reasons it stays."""
+    sight = _look(arguments)
+    rows = []
+    for domain in sight.domains:
+        verdicts = {
+            verdict.point.name: verdict
+            for pair in sight.pairs
+            if pair.name.domain_uuid == domain.uuid
+            for verdict in judge(domain, pair.policy, now=sight.now)
+        }
+        for snapshot in sorted(domain.snapshots, key=lambda s: (s.created_at, s.name)):
+            verdict = verdicts.get(snapshot.name)
+            rows.append(_list_row(domain, snapshot, verdict.reasons if verdict else (), sight.now))
+    if arguments.json:
+        print(json.dumps(rows, indent=2))
+    else:
+        for row in rows:
+            row["reasons"] = ", ".join(row["reasons"])
+        print_table(rows)
+    return 0
+
+
+def _list_row(domain: Inventory, snapshot: Snapshot, reasons: Sequence[str], now: datetime) -> dict[str, Any]:
+    mark = snapshot.mark
+    if mark is None:
+        reasons = ["foreign: never touched"]
+    elif not reasons:
+        reasons = [f"unmanaged: policy {mark.policy} does not apply here"]
+    return {
+        "domain": domain.name,
+        "snapshot": snapshot.name,
+        "age": rough_duration(now - snapshot.created_at),
+        "policy": mark.policy if mark else "-",
+        "kind": str(snapshot.kind),
+        "consistency": str(mark.consistency) if mark else "-",
+        "reasons": list(reasons),
+    }
+
+
+def show_plan(arguments: argparse.Namespace) -> int:
+    """Print what a run of each pair would do now."""
+    sight = _look(arguments)
+    capabilities = sight.host.capabilities()
+    domains = {domain.uuid: sight.host.domain(domain.uuid) for domain in sight.domains}
+    plans = [plan_run(domains[pair.name.domain_uuid], pair.policy, capabilities, now=sight.now) for pair in sight.pairs]
+    if arguments.json:
+        print(json.dumps([_plan_object(plan) for plan in plans], indent=2))
+        return 0
+    for plan in plans:
+        print("\n".join(_plan_lines(plan)))
+    print("Nothing was changed.")
+    return 0
+
+
+def _plan_lines(plan: Plan) -> list[str]:
+    lines = [f"{plan.domain_name}  policy {plan.policy}"]
+    if plan.take:
+        lines.append(f"  take    {plan.take.name}  {plan.take.mark.kind}, {plan.take.mark.consistency}")
+    elif plan.refusal:
+        lines.append(f"  refuse  {plan.refusal.reason}: {plan.refusal.detail}")
+    else:
+        lines.append(f"  wait    until {plan.due.run_at.isoformat(timespec='seconds')}")
+    deletes = {step.snapshot for step in plan.deletes}
+    waits = {wait.snapshot: wait for wait in plan.blocked}
+    for verdict in plan.verdicts:
+        name = verdict.point.name
+        if verdict.keep:
+            lines.append(f"  keep    {name}  {', '.join(verdict.reasons)}")
+        elif name in deletes:
+            lines.append(f"  delete  {name}  {', '.join(verdict.reasons)}")
+        elif name in waits:
+            lines.append(f"  waits   {name}  {waits[name].reason}: {waits[name].detail}")
+    return lines
+
+
+def _plan_object(plan: Plan) -> dict[str, Any]:
+    return {
+        "domain": plan.domain_name,
+        "domain_uuid": plan.domain_uuid,
+        "policy": plan.policy,
+        "run_at": plan.due.run_at.isoformat(),
+        "take": plan.take.name if plan.take else None,
+        "consistency": str(plan.take.mark.consistency) if plan.take else None,
+        "refusal": {"reason": plan.refusal.reason, "detail": plan.refusal.detail} if plan.refusal else None,
+        "verdicts": [{"snapshot": v.point.name, "keep": v.keep, "reasons": list(v.reasons)} for v in plan.verdicts],
+        "deletes": [step.snapshot for step in plan.deletes],
+        "blocked": [{"snapshot": b.snapshot, "reason": b.reason, "detail": b.detail} for b in plan.blocked],
+    }

@@ -1,0 +1,273 @@
+"""The daemon: everything put together, with the clock, the signals and the tick. The composition root."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+
+from kvmsnapd.config import load_config
+from kvmsnapd.errors import ConfigError, HypervisorError, KvmsnapdError
+from kvmsnapd.events import (
+    ConfigLoaded,
+    ConfigRejected,
+    DaemonStarted,
+    DaemonStopped,
+    JobsChanged,
+    LibvirtConnected,
+    LibvirtLost,
+    RunSkipped,
+)
+from kvmsnapd.execute import Executor
+from kvmsnapd.fleet import survey
+from kvmsnapd.http_server import MetricsServer
+from kvmsnapd.libvirt_host import LibvirtHost
+from kvmsnapd.logs import configure_logging, log_event
+from kvmsnapd.metrics import Metrics, Observation
+from kvmsnapd.scheduler import JobScheduler, Wanted, retry_delay
+from kvmsnapd.state_files import DomainLocks, FreezeIntents
+
+if TYPE_CHECKING:
+    from pathlib import Path
+    from types import FrameType
+
+    from kvmsnapd.config import Config
+    from kvmsnapd.events import Event, Publish
+    from kvmsnapd.fleet import Fleet, Pair
+
+DRAIN = timedelta(seconds=60)
+"""How long a stop waits for runs that are going on; a snapshot or merge that takes longer is finished by libvirt."""
+
+_SHORTEST_TICK_SECONDS = 1.0
+"""Runs that end ask for a tick, so that metrics are fresh; many at once must not cause as many."""
+
+
+_RECONNECT_SECONDS = 2.0
+"""How often a lost libvirt is asked for; the connection itself spaces its attempts out further."""
+
+_FIXED = ("connect", "workers", "metrics", "state_directory", "runtime_directory")
+"""Settings that a reload does not change; they need a restart, which the log then says."""
+
+
+def read_clock() -> datetime:
+    """Return the present instant, in UTC. The only place where the daemon reads the clock."""
+    return datetime.now(UTC)
+
+
+@dataclass
+class _Failures:
+    """Runs of one pair that failed in a row, and the last one's time."""
+
+    count: int
+    last_at: datetime
+
+
+class Daemon:
+    """One running kvmsnapd.
+
+    Three kinds of threads: the main thread waits for signals and reloads; the tick thread looks at libvirt and keeps
+    the jobs in step with what it sees; APScheduler's threads run the jobs.
+    """
+
+    def __init__(self, config_path: Path, *, connect: str | None = None, watch: Publish | None = None) -> None:
+        """Read the configuration and build everything; nothing runs yet.
+
+        Args:
+            connect: libvirt URI to use instead of the configured one.
+            watch: receives every event, after logs and metrics.
+
+        Raises:
+            ConfigError: the configuration is not valid.
+            KvmsnapdError: a directory or the metrics port cannot be used.
+        """
+        self._config_path = config_path
+        self._config = load_config(config_path)
+        settings = self._config.settings
+        self._uri = connect or settings.connect
+        configure_logging(level=settings.log.level, form=settings.log.format)
+        self._config_ok, self._config_loaded_at = True, read_clock()
+        self._fleet: Fleet | None = None
+        self._libvirt_up = False
+        self._last_tick_at: datetime | None = None
+        self._attempts: dict[str, datetime] = {}
+        self._metrics = Metrics(self.observe)
+        self._watch = watch
+        self._host = LibvirtHost(self._uri)
+        try:
+            locks = DomainLocks(self._config.runtime_directory / "locks")
+            self._intents = FreezeIntents(self._config.state_directory / "frozen")
+        except OSError as error:
+            msg = f"cannot use {error.filename}: {error.strerror}; set runtime_directory and state_directory"
+            raise KvmsnapdError(msg) from error
+        self._executor = Executor(
+            self._host, locks, self._intents, self._publish, clock=read_clock, stopwatch=time.monotonic
+        )
+        self._scheduler = JobScheduler(self._run_pair, workers=settings.workers)
+        self._pairs: dict[str, Pair] = {}
+        self._failures: dict[str, _Failures] = {}
+        self._thawing: threading.Thread | None = None
+        self._missed: dict[str, datetime] = {}
+        self._signals: list[int] = []
+        self._signalled = threading.Event()
+        self._stopping = False
+        self._tick_wanted = threading.Event()
+        self.server = (
+            MetricsServer(
+                self._metrics.registry,
+                listen=settings.metrics.listen,
+                port=settings.metrics.port,
+                ready=lambda: self._fleet is not None,
+            )
+            if settings.metrics.enabled
+            else None
+        )
+
+    def run(self) -> int:
+        """Work until SIGTERM or SIGINT; SIGHUP reloads the configuration. Return the exit code.
+
+        Must be called from the main thread, which alone receives signals.
+        """
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, self._on_signal)
+        self._publish_config(self._config)
+        self._publish(DaemonStarted(uri=self._uri, metrics=self.server.url if self.server else None))
+        self._scheduler.start()
+        ticking = threading.Thread(target=self._tick_forever, name="tick", daemon=True)
+        ticking.start()
+        while not self._stopping:
+            self._signalled.wait()
+            self._signalled.clear()
+            while self._signals:
+                if self._signals.pop(0) == signal.SIGHUP:
+                    self._reload()
+                else:
+                    self._stopping = True
+        self._tick_wanted.set()
+        ended = self._scheduler.stop(DRAIN)
+        if self.server:
+            self.server.close()
+        self._publish(DaemonStopped(unfinished=tuple(sorted(self._scheduler.active()))))
+        return 0 if ended else 1
+
+    def observe(self) -> Observation:
+        """Return all state that metrics and people are shown; calls nothing and waits for nothing."""
+        return Observation(
+            fleet=self._fleet,
+            libvirt_up=self._libvirt_up,
+            last_tick_at=self._last_tick_at,
+            config_ok=self._config_ok,
+            config_loaded_at=self._config_loaded_at,
+            attempts=dict(self._attempts),
+        )
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        self._signals.append(number)
+        self._signalled.set()
+
+    def _publish(self, event: Event) -> None:
+        """Hand one event to everybody who wants it."""
+        log_event(event)
+        self._metrics.consume(event)
+        if self._watch:
+            self._watch(event)
+
+    # The tick
+
+    def _tick_forever(self) -> None:
+        while not self._stopping:
+            try:
+                self._tick()
+            except Exception:  # an error in one tick must not end all; last_tick stands still and raises the alarm
+                logging.getLogger(__name__).exception("tick ended in an unforeseen error")
+            pause = self._config.settings.tick.total_seconds()
+            self._tick_wanted.wait(pause if self._libvirt_up else min(pause, _RECONNECT_SECONDS))
+            if not self._stopping:
+                time.sleep(_SHORTEST_TICK_SECONDS)
+            self._tick_wanted.clear()
+
+    def _tick(self) -> None:
+        """Look at libvirt once and put jobs, retries and metrics in step with what is there."""
+        config, now = self._config, read_clock()
+        try:
+            capabilities = self._host.capabilities()
+            if not self._libvirt_up:
+                self._publish(LibvirtConnected(uri=self._uri, driver=capabilities.driver, version=capabilities.version))
+            fleet = survey(config.policies, config.selectors, self._host.inventory(), now=now)
+        except HypervisorError as error:
+            if self._libvirt_up or self._last_tick_at is None:
+                self._publish(LibvirtLost(uri=self._uri, error=str(error)))
+            self._libvirt_up, self._last_tick_at = False, now
+            return
+        # An agent may take long to answer, or never answer; that must not hold up the tick.
+        if self._intents.outstanding() and not (self._thawing and self._thawing.is_alive()):
+            self._thawing = threading.Thread(target=self._executor.thaw_leftovers, name="thaw", daemon=True)
+            self._thawing.start()
+        self._pairs = {pair.name.key: pair for pair in fleet.pairs}
+        self._metrics.keep_only((pair.name.domain, pair.name.policy) for pair in fleet.pairs)
+        self._fleet, self._libvirt_up, self._last_tick_at = fleet, True, now
+        for pair in fleet.pairs:
+            self._report_missed(pair)
+        changes = self._scheduler.sync({key: self._wanted(pair) for key, pair in self._pairs.items()})
+        if changes:
+            self._publish(JobsChanged(added=changes.added, changed=changes.changed, removed=changes.removed))
+
+    def _wanted(self, pair: Pair) -> Wanted:
+        run_at = pair.due.run_at
+        failures = self._failures.get(pair.name.key)
+        if failures and pair.due.slot:
+            delay = retry_delay(failures.count, pair.policy.schedule.longest_interval)
+            run_at = max(run_at, failures.last_at + delay)
+        return Wanted(pair.policy, pair.policy.splay_of(pair.name.domain_uuid), run_at)
+
+    def _report_missed(self, pair: Pair) -> None:
+        """Publish a slot that was given up, once."""
+        if pair.due.missed and self._missed.get(pair.name.key) != pair.due.missed:
+            self._missed[pair.name.key] = pair.due.missed
+            detail = f"the slot of {pair.due.missed.isoformat()} was missed and catch_up is skip"
+            self._publish(RunSkipped(pair=pair.name, reason="misfire", detail=detail))
+
+    # A run, on one of APScheduler's threads
+
+    def _run_pair(self, key: str) -> None:
+        pair = self._pairs.get(key)
+        if pair is None:
+            return
+        self._attempts[key] = read_clock()
+        outcome = self._executor.run(pair)
+        if outcome.wants_retry:
+            before = self._failures.get(key)
+            self._failures[key] = _Failures(before.count + 1 if before else 1, read_clock())
+        else:
+            self._failures.pop(key, None)
+        self._tick_wanted.set()
+
+    # Configuration
+
+    def _reload(self) -> None:
+        """Read the configuration anew; on any error the one in force stays, untouched."""
+        try:
+            config = load_config(self._config_path)
+        except ConfigError as error:
+            self._config_ok = False
+            self._publish(ConfigRejected(path=str(self._config_path), problems=tuple(error.problems)))
+            return
+        before, after = self._config.settings, config.settings
+        configure_logging(level=after.log.level, form=after.log.format)
+        self._config, self._config_ok, self._config_loaded_at = config, True, read_clock()
+        self._publish_config(config, tuple(n for n in _FIXED if getattr(before, n) != getattr(after, n)))
+        self._tick_wanted.set()
+
+    def _publish_config(self, config: Config, needs_restart: tuple[str, ...] = ()) -> None:
+        self._publish(
+            ConfigLoaded(
+                path=str(config.path),
+                policies=len(config.policies),
+                selectors=len(config.selectors),
+                warnings=config.warnings,
+                needs_restart=needs_restart,
+            )
+        )

@@ -1,0 +1,102 @@
+"""Every error kvmsnapd raises on purpose.
+
+    KvmsnapdError
+    ├── InvalidValueError            a duration, keep rule, schedule or name that cannot mean anything
+    ├── ConfigError                  one or more problems in the configuration, each with its place
+    ├── DomainLockedError            another process works on this domain
+    └── HypervisorError              libvirt refused; ``operation``, ``domain`` and libvirt's ``code`` say what
+        ├── HypervisorUnreachableError   no connection; what a call in flight did is unknown
+        ├── DomainNotFoundError
+        ├── DomainBusyError              another job holds the domain; heals by itself
+        ├── SnapshotNotFoundError
+        ├── SnapshotExistsError
+        └── GuestAgentUnavailableError   asked to quiesce, and the guest agent did not do it
+
+A refusal to touch a domain is not an error but an answer: see :class:`kvmsnapd.plan.Refusal`.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class KvmsnapdError(Exception):
+    """Base of all errors below; its text is fit to be shown to the admin as it is."""
+
+
+class InvalidValueError(KvmsnapdError, ValueError):
+    """A value the user wrote cannot mean anything; the text says what is allowed instead.
+
+    Also a ``ValueError``, so that a pydantic validator may let it pass through.
+    """
+
+
+class ConfigError(KvmsnapdError):
+    """The configuration was refused as a whole; nothing of it is in force.
+
+    Args:
+        problems: one line each, ``file:line:column: key path: what is wrong and what is allowed``.
+    """
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+class DomainLockedError(KvmsnapdError):
+    """Another process (the daemon, or a person's command) holds the lock of this domain."""
+
+
+class HypervisorError(KvmsnapdError):
+    """libvirt refused an operation; ``reason`` is the bounded word used in metrics and logs.
+
+    Args:
+        message: libvirt's own words, prefixed with the object.
+        operation: what was asked, e.g. ``snapshot_create``.
+        domain: name or UUID of the domain, if one was meant.
+        code: libvirt's ``virErrorNumber``, None where there was no libvirt error.
+    """
+
+    reason: ClassVar[str] = "libvirt"
+
+    def __init__(self, message: str, *, operation: str, domain: str | None = None, code: int | None = None) -> None:
+        super().__init__(message)
+        self.operation = operation
+        self.domain = domain
+        self.code = code
+
+
+class HypervisorUnreachableError(HypervisorError):
+    """There is no connection to libvirt. A call that was in flight may or may not have been carried out."""
+
+    reason = "connection"
+
+
+class DomainNotFoundError(HypervisorError):
+    """The domain is no longer defined."""
+
+    reason = "domain_gone"
+
+
+class DomainBusyError(HypervisorError):
+    """Another job (a migration, a block job, a person's snapshot) holds the domain."""
+
+    reason = "busy"
+
+
+class SnapshotNotFoundError(HypervisorError):
+    """The snapshot does not exist (any more)."""
+
+    reason = "snapshot_gone"
+
+
+class SnapshotExistsError(HypervisorError):
+    """A snapshot of this name exists already; nothing was changed."""
+
+    reason = "snapshot_exists"
+
+
+class GuestAgentUnavailableError(HypervisorError):
+    """The guest agent was asked to freeze the file systems and did not; no snapshot was taken."""
+
+    reason = "agent"

@@ -1,0 +1,221 @@
+"""What happened, as frozen values. Logs, metrics and the demo's table are fed from the same event, so they agree.
+
+``NAME`` is the event's constant name in the log; the fields are its keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+    from kvmsnapd.model import PairName
+
+
+class Severity(StrEnum):
+    """How an event is logged."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """Base of all events."""
+
+    NAME: ClassVar[str]
+    SEVERITY: ClassVar[Severity] = Severity.INFO
+
+    @property
+    def severity(self) -> Severity:
+        """How this very event is logged."""
+        return self.SEVERITY
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunEvent(Event):
+    """An event of the run of one policy on one domain."""
+
+    pair: PairName
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SnapshotTaken(RunEvent):
+    """A snapshot exists that did not before; ``duration_seconds`` is libvirt's call alone."""
+
+    NAME: ClassVar[str] = "snapshot.taken"
+    snapshot: str
+    scheduled_at: datetime
+    kind: str
+    consistency: str
+    duration_seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SnapshotDowngraded(RunEvent):
+    """The guest agent failed although it was connected; the policy allows a crash-consistent snapshot instead."""
+
+    NAME: ClassVar[str] = "snapshot.downgraded"
+    SEVERITY: ClassVar[Severity] = Severity.WARNING
+    snapshot: str
+    error: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SnapshotFailed(RunEvent):
+    """A snapshot that was due was not taken; ``reason`` is a bounded word, ``error`` the whole sentence."""
+
+    NAME: ClassVar[str] = "snapshot.failed"
+    SEVERITY: ClassVar[Severity] = Severity.ERROR
+    snapshot: str
+    scheduled_at: datetime
+    reason: str
+    error: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SnapshotDeleted(RunEvent):
+    """A snapshot of ours was deleted, for the reasons retention gave."""
+
+    NAME: ClassVar[str] = "snapshot.deleted"
+    snapshot: str
+    reasons: tuple[str, ...]
+    duration_seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeleteFailed(RunEvent):
+    """libvirt did not delete a released snapshot; it is tried again after the next take."""
+
+    NAME: ClassVar[str] = "snapshot.delete_failed"
+    SEVERITY: ClassVar[Severity] = Severity.ERROR
+    snapshot: str
+    reason: str
+    error: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PruneBlocked(RunEvent):
+    """Released snapshots have to wait; ``blocked`` maps each reason to how many wait for it."""
+
+    NAME: ClassVar[str] = "prune.blocked"
+    SEVERITY: ClassVar[Severity] = Severity.WARNING
+    blocked: dict[str, int]
+    detail: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSkipped(RunEvent):
+    """Nothing was tried: the domain was refused or locked, or its slot was given up."""
+
+    NAME: ClassVar[str] = "run.skipped"
+    SEVERITY: ClassVar[Severity] = Severity.WARNING
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFinished(RunEvent):
+    """The one line that sums a run up. ``result`` is taken, nothing_due, skipped or failed."""
+
+    NAME: ClassVar[str] = "run.finished"
+    result: str
+    scheduled_at: datetime | None
+    snapshot: str | None
+    deleted: int
+    blocked: int
+    duration_seconds: float
+
+    @property
+    def severity(self) -> Severity:
+        """A run that found nothing to do is of no interest in a log."""
+        return Severity.DEBUG if self.result == "nothing_due" else Severity.INFO
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DaemonStarted(Event):
+    """The daemon begins to work; ``metrics`` is where Prometheus finds it, None when that is switched off."""
+
+    NAME: ClassVar[str] = "daemon.started"
+    uri: str
+    metrics: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DaemonStopped(Event):
+    """The daemon ends; ``unfinished`` are the runs that did not end in time. libvirt finishes their calls."""
+
+    NAME: ClassVar[str] = "daemon.stopped"
+    unfinished: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConfigLoaded(Event):
+    """A configuration is in force; settings in ``needs_restart`` only after the next start."""
+
+    NAME: ClassVar[str] = "config.loaded"
+    path: str
+    policies: int
+    selectors: int
+    warnings: tuple[str, ...]
+    needs_restart: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConfigRejected(Event):
+    """A configuration was refused; the one before stays in force."""
+
+    NAME: ClassVar[str] = "config.rejected"
+    SEVERITY: ClassVar[Severity] = Severity.ERROR
+    path: str
+    problems: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LibvirtConnected(Event):
+    """libvirt answers (again)."""
+
+    NAME: ClassVar[str] = "libvirt.connected"
+    uri: str
+    driver: str
+    version: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LibvirtLost(Event):
+    """libvirt does not answer; it is tried again with growing pauses."""
+
+    NAME: ClassVar[str] = "libvirt.lost"
+    SEVERITY: ClassVar[Severity] = Severity.ERROR
+    uri: str
+    error: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DomainThawed(Event):
+    """A guest that a broken call may have left frozen was thawed, or, with ``error``, could not be."""
+
+    NAME: ClassVar[str] = "domain.thawed"
+    SEVERITY: ClassVar[Severity] = Severity.WARNING
+    domain_uuid: str
+    error: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobsChanged(Event):
+    """The set of scheduled (domain, policy) pairs changed."""
+
+    NAME: ClassVar[str] = "jobs.changed"
+    added: int
+    changed: int
+    removed: int
+
+
+Publish = Callable[[Event], None]
+"""Where events go; must not raise and must not block."""

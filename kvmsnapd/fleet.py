@@ -1,0 +1,106 @@
+"""The fleet at one instant: every (domain, policy) pair with its newest snapshot, its limit and its next run.
+
+Computed from libvirt's list and the configuration alone; status, metrics and the scheduler all read this one value,
+so they cannot disagree.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from kvmsnapd.model import PairName
+from kvmsnapd.plan import due_for
+from kvmsnapd.policy import Coverage, assign, missing_domains
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from datetime import datetime, timedelta
+
+    from kvmsnapd.model import Inventory, Snapshot
+    from kvmsnapd.policy import Assignment, Policy
+    from kvmsnapd.schedule import Due
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One domain under one policy. ``snapshots`` are the policy's own ones, newest slot first."""
+
+    name: PairName
+    policy: Policy
+    snapshots: tuple[Snapshot, ...]
+    due: Due
+
+    @property
+    def last_success_at(self) -> datetime | None:
+        """When the newest snapshot was really taken, or None before the first."""
+        return max((s.mark.taken_at for s in self.snapshots if s.mark), default=None)
+
+    def age(self, now: datetime) -> timedelta | None:
+        """Return how old the newest snapshot is, or None before the first."""
+        last = self.last_success_at
+        return now - last if last else None
+
+
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    """All domains of one libvirt as seen at ``at``."""
+
+    at: datetime
+    domains: tuple[Inventory, ...] = ()
+    assignments: tuple[Assignment, ...] = ()
+    pairs: tuple[Pair, ...] = ()
+    missing_domains: tuple[str, ...] = ()
+    domains_per_policy: Mapping[str, int] = field(default_factory=dict)
+
+    def unmanaged(self) -> list[tuple[Inventory, tuple[Snapshot, ...]]]:
+        """Return, per domain, our snapshots of policies that do not apply to it any more; they are never pruned."""
+        applied = {a.domain_uuid: {p.name for p in a.policies} for a in self.assignments}
+        left = [
+            (d, tuple(s for s in d.snapshots if s.mark and s.mark.policy not in applied.get(d.uuid, ())))
+            for d in self.domains
+        ]
+        return [(domain, snapshots) for domain, snapshots in left if snapshots]
+
+    def unprotected(self) -> list[Assignment]:
+        """Return the domains that have no policy without somebody having said so."""
+        return [a for a in self.assignments if a.coverage in {Coverage.UNMATCHED, Coverage.AMBIGUOUS}]
+
+
+def survey(
+    policies: Iterable[str],
+    selectors: Mapping[str, tuple[Policy, ...]],
+    domains: Iterable[Inventory],
+    *,
+    now: datetime,
+) -> Fleet:
+    """Return the state of all pairs, from what libvirt lists and what the configuration says."""
+    inventories = tuple(domains)
+    assignments = assign(selectors, inventories)
+    pairs = tuple(
+        Pair(
+            PairName(domain.name, domain.uuid, policy.name),
+            policy,
+            _newest_first(domain, policy),
+            due_for(domain, policy, now),
+        )
+        for domain, assignment in zip(inventories, assignments, strict=True)
+        for policy in assignment.policies
+    )
+    per_policy = Counter(pair.name.policy for pair in pairs)
+    return Fleet(
+        now,
+        inventories,
+        assignments,
+        pairs,
+        missing_domains(selectors, inventories),
+        {policy: per_policy[policy] for policy in policies},
+    )
+
+
+def _newest_first(domain: Inventory, policy: Policy) -> tuple[Snapshot, ...]:
+    own = [
+        (s.mark.scheduled_at, s.mark.attempt, s) for s in domain.snapshots if s.mark and s.mark.policy == policy.name
+    ]
+    return tuple(s for _, _, s in sorted(own, key=lambda entry: entry[:2], reverse=True))

@@ -1,0 +1,59 @@
+"""libvirt's error numbers to our exceptions, in one table."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import libvirt
+
+from kvmsnapd.errors import (
+    DomainBusyError,
+    DomainNotFoundError,
+    GuestAgentUnavailableError,
+    HypervisorError,
+    HypervisorUnreachableError,
+    SnapshotExistsError,
+    SnapshotNotFoundError,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+# Errors added by later libvirt versions than the one the binding was built for arrive as bare numbers.
+_AGENT_COMMAND_TIMEOUT, _AGENT_COMMAND_FAILED = 112, 113
+
+_ERRORS: dict[int, type[HypervisorError]] = {
+    libvirt.VIR_ERR_NO_DOMAIN: DomainNotFoundError,
+    libvirt.VIR_ERR_NO_DOMAIN_SNAPSHOT: SnapshotNotFoundError,
+    libvirt.VIR_ERR_OPERATION_TIMEOUT: DomainBusyError,
+    libvirt.VIR_ERR_BLOCK_COPY_ACTIVE: DomainBusyError,
+    libvirt.VIR_ERR_AGENT_UNRESPONSIVE: GuestAgentUnavailableError,
+    libvirt.VIR_ERR_AGENT_UNSYNCED: GuestAgentUnavailableError,
+    libvirt.VIR_ERR_ARGUMENT_UNSUPPORTED: GuestAgentUnavailableError,  # no agent channel in the domain's XML
+    _AGENT_COMMAND_TIMEOUT: GuestAgentUnavailableError,
+    _AGENT_COMMAND_FAILED: GuestAgentUnavailableError,
+}
+
+
+@contextmanager
+def translated_errors(operation: str, *, domain: str | None = None) -> Iterator[None]:
+    """Turn a ``libvirtError`` raised in the block into the matching :class:`HypervisorError`.
+
+    A broken connection is recognised by the error's domain, not its number: the numbers are those of unrelated
+    failures (measured with libvirtd killed in a call: SYSTEM_ERROR, then INTERNAL_ERROR).
+    """
+    try:
+        yield
+    except libvirt.libvirtError as error:
+        code = error.get_error_code()
+        if error.get_error_domain() in {libvirt.VIR_FROM_RPC, libvirt.VIR_FROM_REMOTE}:
+            kind: type[HypervisorError] = HypervisorUnreachableError
+        elif code == libvirt.VIR_ERR_OPERATION_FAILED and "already exists" in str(error):
+            # "domain moment X already exists": libvirt has no number of its own for it.
+            kind = SnapshotExistsError
+        else:
+            kind = _ERRORS.get(code, HypervisorError)
+        words = (error.get_error_message() or str(error)).strip().rstrip(".")
+        message = f"{words} (libvirt error {code})"
+        raise kind(message, operation=operation, domain=domain, code=code) from error

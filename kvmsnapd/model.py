@@ -1,0 +1,189 @@
+"""The nouns of kvmsnapd as frozen values: domains, disks, snapshots, and what can be done with them.
+
+Words are libvirt's: *domain* is a virtual machine, *target* the disk's name in the guest (``vda``), *overlay* the
+qcow2 file that receives writes after an external snapshot, *backing chain* the files below it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+
+class DomainState(StrEnum):
+    """The states of a domain in which a snapshot can be judged."""
+
+    RUNNING = "running"
+    PAUSED = "paused"
+    """Paused by a person; every other cause of a pause is :attr:`UNSETTLED`."""
+    SHUT_OFF = "shut off"
+    UNSETTLED = "unsettled"
+    """Anything between: crashed, shutting down, suspended, paused by an I/O error or by an unfinished save."""
+
+
+class Kind(StrEnum):
+    """How a snapshot is stored. A domain has one kind for ever; mixing them has cost people their data."""
+
+    EXTERNAL = "external"
+    INTERNAL = "internal"
+    MIXED = "mixed"
+    """Only ever observed, never made: part of the disks internal, part external."""
+
+
+class Consistency(StrEnum):
+    """What a guest would find after going back to a snapshot."""
+
+    MEMORY = "memory"
+    """The running guest, with its RAM."""
+    FILESYSTEM = "filesystem"
+    """File systems frozen by the guest agent: clean."""
+    CRASH = "crash"
+    """The disks as after a power cut."""
+    OFFLINE = "offline"
+    """The guest was shut off."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """A person's wish that a snapshot stay, with the reason and, optionally, an end."""
+
+    reason: str
+    until: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """What kvmsnapd writes about a snapshot of its own, in its name and its description.
+
+    ``scheduled_at`` is the slot: the fire time of the schedule this snapshot stands for, in whole seconds UTC.
+    ``attempt`` counts from 1; a higher one means that the outcome of an earlier attempt was unknown.
+    """
+
+    policy: str
+    scheduled_at: datetime
+    taken_at: datetime
+    consistency: Consistency
+    kind: Kind
+    attempt: int = 1
+    hold: Hold | None = None
+
+    def held(self, now: datetime) -> str | None:
+        """Return the reason of a hold that is in force, None without one."""
+        if self.hold and (self.hold.until is None or self.hold.until > now):
+            return self.hold.reason
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class PairName:
+    """The words by which logs and metrics call one domain under one policy."""
+
+    domain: str
+    domain_uuid: str
+    policy: str
+
+    @property
+    def key(self) -> str:
+        """The stable identity of the pair: a renamed domain keeps it."""
+        return f"{self.domain_uuid}/{self.policy}"
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """One libvirt snapshot of one domain. ``mark`` is None for a foreign one, which kvmsnapd never deletes."""
+
+    name: str
+    created_at: datetime
+    kind: Kind
+    parent: str | None = None
+    mark: Mark | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """One disk of a domain as its XML states it; ``path`` is the active layer, ``depth`` counts files below it."""
+
+    target: str
+    device: str = "disk"
+    source_type: str = "file"
+    path: str | None = None
+    format: str = "qcow2"
+    readonly: bool = False
+    shareable: bool = False
+    transient: bool = False
+    depth: int = 0
+    block_job: bool = False
+
+    @property
+    def holds_state(self) -> bool:
+        """Whether losing this disk's content would lose guest state: false for media and read-only disks."""
+        return self.device in {"disk", "lun"} and not self.readonly
+
+
+@dataclass(frozen=True, slots=True)
+class Inventory:
+    """One domain and its snapshots: what every tick reads of every domain."""
+
+    uuid: str
+    name: str
+    snapshots: tuple[Snapshot, ...] = ()
+
+    def of_policy(self, policy: str) -> tuple[Snapshot, ...]:
+        """Return the domain's own snapshots of this policy, in libvirt's order."""
+        return tuple(s for s in self.snapshots if s.mark and s.mark.policy == policy)
+
+
+@dataclass(frozen=True, slots=True)
+class Domain(Inventory):
+    """Everything about one domain that decides whether and how a snapshot can be taken now."""
+
+    state: DomainState = DomainState.RUNNING
+    state_detail: str = "running"
+    disks: tuple[Disk, ...] = ()
+    pflash: bool = False
+    managed_save: bool = False
+    agent_connected: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What this libvirt can do, decided once from driver and version, never by trying and seeing.
+
+    Sources of the limits are stated where they are derived, in :mod:`kvmsnapd.libvirt_host.capabilities`.
+    """
+
+    driver: str
+    version: str
+    external_snapshots: bool = True
+    delete_external: bool = True
+    delete_external_in_chain_offline: bool = True
+    """Delete an external snapshot of a shut-off domain that is not the newest."""
+    internal_needs_qcow2: bool = True
+    internal_with_pflash_offline: bool = True
+    chain_ceiling: int = 150
+    """The deepest backing chain with which a domain can still be started."""
+
+
+@dataclass(frozen=True, slots=True)
+class TakeRequest:
+    """All that libvirt is told to take one snapshot, computed before the first call.
+
+    ``overlays`` maps disk targets to the file an external snapshot will create; ``excluded`` are the targets that
+    are told to take no part.
+    """
+
+    domain_uuid: str
+    domain_name: str
+    name: str
+    mark: Mark
+    overlays: tuple[tuple[str, str], ...] = ()
+    excluded: tuple[str, ...] = ()
+
+    @property
+    def quiesce(self) -> bool:
+        """Whether the guest agent must freeze the file systems around the snapshot."""
+        return self.mark.consistency is Consistency.FILESYSTEM

@@ -1,0 +1,117 @@
+"""Names and descriptions of our snapshots, and the one answer to "is this snapshot ours?".
+
+A name is a function of policy and slot, ``kvmsnapd-standard-20261122T090000Z``, so that "is this slot done?" is a
+look at the names and a crash or retry takes nothing twice. The description carries one line of JSON. A snapshot is
+ours when its name parses *and* its description says the same; everything else is foreign.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from datetime import UTC, datetime
+
+from kvmsnapd.errors import InvalidValueError
+from kvmsnapd.model import Consistency, Hold, Kind, Mark
+
+FORMAT_VERSION = 1
+POLICY_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,31}$"
+"""Policy names, short enough for a snapshot name of at most 64 characters.
+
+libvirt 10.9 and later build a QEMU job id from the snapshot's name and refuse anything outside ``[A-Za-z0-9._-]``
+(measured with 11.3: "Invalid job ID"), so names with ``:`` or spaces are out.
+"""
+
+_NAME = re.compile(
+    r"kvmsnapd-(?P<policy>[A-Za-z0-9][A-Za-z0-9._-]{0,31})-(?P<slot>[0-9]{8}T[0-9]{6}Z)"
+    r"(?:-(?P<attempt>[1-9][0-9]?))?"
+)
+_SLOT = "%Y%m%dT%H%M%SZ"
+
+
+def check_policy_name(name: str) -> str:
+    """Return ``name`` unchanged if it can be a policy's name; raise InvalidValueError if it cannot."""
+    if not re.fullmatch(POLICY_NAME_PATTERN, name, re.ASCII):
+        msg = (
+            f"{name!r} cannot name a policy: use 1 to 32 letters, digits, '.', '_' or '-', the first a letter or digit"
+        )
+        raise InvalidValueError(msg)
+    return name
+
+
+def format_name(policy: str, scheduled_at: datetime, attempt: int = 1) -> str:
+    """Return the snapshot name of this policy and slot; ``attempt`` above 1 is appended."""
+    slot = scheduled_at.astimezone(UTC)
+    # strftime does not pad years below 1000; the format must.
+    stamp = f"{slot.year:04d}{slot:%m%dT%H%M%SZ}"
+    return f"kvmsnapd-{policy}-{stamp}" + (f"-{attempt}" if attempt > 1 else "")
+
+
+def parse_name(name: str) -> tuple[str, datetime, int] | None:
+    """Return policy, slot and attempt of a name in our form; None for any other."""
+    match = _NAME.fullmatch(name)
+    if not match:
+        return None
+    try:
+        slot = datetime.strptime(match["slot"], _SLOT).replace(tzinfo=UTC)
+    except ValueError:
+        return None
+    attempt = int(match["attempt"] or 1)
+    parsed = (match["policy"], slot, attempt)
+    return parsed if format_name(*parsed) == name else None
+
+
+def _time(at: datetime) -> str:
+    return at.astimezone(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+def format_description(mark: Mark) -> str:
+    """Return the one line of JSON that goes into the snapshot's description."""
+    fields: dict[str, object] = {
+        "kvmsnapd": FORMAT_VERSION,
+        "policy": mark.policy,
+        "scheduled": _time(mark.scheduled_at),
+        "taken": _time(mark.taken_at),
+        "consistency": mark.consistency.value,
+        "kind": mark.kind.value,
+    }
+    if mark.hold:
+        fields["hold"] = {"reason": mark.hold.reason} | ({"until": _time(mark.hold.until)} if mark.hold.until else {})
+    return json.dumps(fields)
+
+
+def parse_mark(name: str, description: str) -> Mark | None:
+    """Return what we wrote about a snapshot of ours; None when name or description say that it is foreign.
+
+    A description of a newer format version counts as foreign: what cannot be read must not be deleted.
+    """
+    named = parse_name(name)
+    if named is None:
+        return None
+    policy, scheduled_at, attempt = named
+    try:
+        fields = json.loads(description)
+        if fields["kvmsnapd"] != FORMAT_VERSION or fields["policy"] != policy:
+            return None
+        if datetime.fromisoformat(fields["scheduled"]) != scheduled_at:
+            return None
+        hold = fields.get("hold")
+        return Mark(
+            policy=policy,
+            scheduled_at=scheduled_at,
+            attempt=attempt,
+            taken_at=_aware(fields["taken"]),
+            consistency=Consistency(fields["consistency"]),
+            kind=Kind(fields["kind"]),
+            hold=Hold(str(hold["reason"]), _aware(hold["until"]) if "until" in hold else None) if hold else None,
+        )
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def _aware(text: str) -> datetime:
+    at = datetime.fromisoformat(text)
+    if at.tzinfo is None:
+        msg = "time without zone"
+        raise ValueError(msg)
+    return at.astimezone(UTC)

@@ -1,0 +1,186 @@
+"""Pre-flight: may this domain be snapshotted now, and with which request? Decided from values, before any call."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING
+
+from kvmsnapd.model import Consistency, DomainState, Kind, Mark, TakeRequest
+from kvmsnapd.naming import format_name
+from kvmsnapd.policy import ConsistencyRule
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+    from kvmsnapd.model import Capabilities, Disk, Domain
+    from kvmsnapd.policy import Policy
+
+
+class RefusalReason(StrEnum):
+    """Why a snapshot that is due is not taken. These words are metric labels."""
+
+    STATE = "state"
+    MANAGED_SAVE = "managed_save"
+    BLOCK_JOB = "block_job"
+    MIXED_KINDS = "mixed_kinds"
+    UNSUPPORTED = "unsupported"
+    DISK = "disk"
+    CHAIN_FULL = "chain_full"
+    AGENT = "agent"
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """The answer for a domain that must not be touched: what is in the way, and what to do about it."""
+
+    reason: RefusalReason
+    detail: str
+
+
+def plan_take(
+    domain: Domain,
+    policy: Policy,
+    capabilities: Capabilities,
+    *,
+    slot: datetime,
+    now: datetime,
+    attempt: int = 1,
+) -> TakeRequest | Refusal:
+    """Return the complete request for this slot's snapshot, or why the domain must be left alone.
+
+    Everything is computed from the domain's XML before the first call; nothing is tried to see whether it works.
+    """
+    refusal = _refuse_domain(domain, policy) or _refuse_kind(domain, policy, capabilities)
+    consistency = _consistency(domain, policy)
+    if refusal or isinstance(consistency, Refusal):
+        return refusal or consistency  # type: ignore[return-value]  # one of the two is a Refusal
+    taken_names = {snapshot.name for snapshot in domain.snapshots}
+    while (name := format_name(policy.name, slot, attempt)) in taken_names:
+        attempt += 1
+    mark = Mark(policy.name, slot, now, consistency, policy.kind, attempt)
+    if policy.kind is Kind.INTERNAL:
+        # CD-ROMs and read-only disks take no part by themselves; a floppy would (measured, libvirt 9.0 and 11.3).
+        floppies = tuple(disk.target for disk in domain.disks if disk.device == "floppy")
+        return TakeRequest(domain.uuid, domain.name, name, mark, excluded=floppies)
+    overlays = tuple((d.target, overlay_path(domain.name, d, name)) for d in domain.disks if d.holds_state)
+    excluded = tuple(disk.target for disk in domain.disks if not disk.holds_state)
+    return TakeRequest(domain.uuid, domain.name, name, mark, overlays, excluded)
+
+
+def overlay_path(domain_name: str, disk: Disk, snapshot_name: str) -> str:
+    """Return the file that receives the disk's writes from this snapshot on, beside the layer it covers.
+
+    Explicit and with the target in it, since libvirt's own choice collides for two disks with one stem, and is
+    refused for block devices.
+    """
+    stem = re.sub(r"[^A-Za-z0-9._-]", "_", domain_name)[:100]
+    return str(PurePosixPath(disk.path or "").with_name(f"{stem}.{disk.target}.{snapshot_name}.qcow2"))
+
+
+def chain_depth(domain: Domain) -> int:
+    """Return how many overlays the deepest backing chain of the domain has, foreign ones included.
+
+    A shut-off domain's XML need not list its backing chain, so its external snapshots count as well.
+    """
+    external = sum(snapshot.kind is not Kind.INTERNAL for snapshot in domain.snapshots)
+    return max([external, *(disk.depth for disk in domain.disks)])
+
+
+def _refuse_domain(domain: Domain, policy: Policy) -> Refusal | None:
+    """Refuse for what the domain is doing, whatever kind of snapshot is wanted."""
+    if domain.state is DomainState.UNSETTLED:
+        return Refusal(
+            RefusalReason.STATE,
+            f"the domain is {domain.state_detail}; start it, resume it or shut it down, then it is snapshotted again",
+        )
+    if domain.managed_save:
+        return Refusal(
+            RefusalReason.MANAGED_SAVE,
+            "the domain has a managed-save image: its next start would write into files that a snapshot freezes; "
+            f"start it (virsh start {domain.name}) or drop the image (virsh managedsave-remove {domain.name})",
+        )
+    busy = [disk.target for disk in domain.disks if disk.block_job]
+    if busy:
+        return Refusal(RefusalReason.BLOCK_JOB, f"a block job runs on {', '.join(busy)}; waiting for it to end")
+    other = [s.name for s in domain.snapshots if s.kind is not policy.kind]
+    if other:
+        return Refusal(
+            RefusalReason.MIXED_KINDS,
+            f"the domain has {len(other)} snapshot(s) that are not {policy.kind} (such as {other[0]!r}); mixing kinds "
+            f"loses data, so delete them or set kind: {domain.snapshots[0].kind} in the policy",
+        )
+    return None
+
+
+def _refuse_kind(domain: Domain, policy: Policy, capabilities: Capabilities) -> Refusal | None:
+    """Refuse for what the wanted kind cannot do with these disks on this libvirt."""
+    state_disks = [disk for disk in domain.disks if disk.holds_state]
+    if not state_disks:
+        return Refusal(RefusalReason.DISK, "the domain has no writable disk, so there is nothing to snapshot")
+    if policy.kind is Kind.EXTERNAL:
+        if not capabilities.external_snapshots:
+            return Refusal(
+                RefusalReason.UNSUPPORTED,
+                f"libvirt's {capabilities.driver} driver has no external snapshots; set kind: internal in the policy",
+            )
+        limit = min(policy.max_chain_depth, capabilities.chain_ceiling)
+        if chain_depth(domain) >= limit:
+            return Refusal(
+                RefusalReason.CHAIN_FULL,
+                f"the backing chain is {chain_depth(domain)} deep and the limit is {limit}; "
+                "keep fewer snapshots, or delete some by hand (virsh snapshot-delete)",
+            )
+        faults = [(disk, _external_fault(disk)) for disk in state_disks]
+    else:
+        if domain.pflash and not (capabilities.internal_with_pflash_offline and domain.state is DomainState.SHUT_OFF):
+            return Refusal(
+                RefusalReason.UNSUPPORTED,
+                f"libvirt {capabilities.version} takes no internal snapshot of a {domain.state} domain with UEFI "
+                "firmware; set kind: external in the policy",
+            )
+        faults = [(disk, _internal_fault(disk, capabilities)) for disk in state_disks]
+    unfit = [f"{disk.target} {fault}" for disk, fault in faults if fault]
+    if unfit:
+        return Refusal(RefusalReason.DISK, f"{'; '.join(unfit)}; no {policy.kind} snapshot can hold it")
+    return None
+
+
+def _external_fault(disk: Disk) -> str | None:
+    if disk.transient:
+        return "is transient"
+    if disk.shareable:
+        return "is shared with other domains"
+    if disk.source_type != "file" or not disk.path:
+        return f"is of type {disk.source_type}, not a file"
+    return None
+
+
+def _internal_fault(disk: Disk, capabilities: Capabilities) -> str | None:
+    if disk.transient:
+        return "is transient"
+    if disk.format != "qcow2" and capabilities.internal_needs_qcow2:
+        return f"has format {disk.format}, not qcow2"
+    return None
+
+
+def _consistency(domain: Domain, policy: Policy) -> Consistency | Refusal:
+    """Return the consistency the snapshot will have, or refuse if the policy demands a better one."""
+    if domain.state is DomainState.SHUT_OFF:
+        return Consistency.OFFLINE
+    if policy.kind is Kind.INTERNAL:
+        return Consistency.MEMORY
+    if policy.consistency is ConsistencyRule.CRASH:
+        return Consistency.CRASH
+    if domain.state is DomainState.RUNNING and domain.agent_connected:
+        return Consistency.FILESYSTEM
+    if policy.consistency is ConsistencyRule.FILESYSTEM_PREFERRED:
+        return Consistency.CRASH
+    missing = "is paused" if domain.state is DomainState.PAUSED else "has no guest agent connected"
+    return Refusal(
+        RefusalReason.AGENT,
+        f"policy {policy.name} requires consistency: filesystem and the domain {missing}; start qemu-guest-agent "
+        "in the guest, or set consistency: filesystem-preferred",
+    )

@@ -1,0 +1,173 @@
+"""APScheduler as timer and thread pool: one job per (domain, policy). Only this module imports it.
+
+When a job should run is derived from what exists (:mod:`kvmsnapd.fleet`), never from what fired before: a timer only
+wakes a run early enough, and the run looks again whether its slot is due. So a missed, doubled or lost timer is
+harmless, and every tick puts right what a clock step or a failed run left wrong.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+from apscheduler.executors.pool import ThreadPoolExecutor
+from apscheduler.schedulers.background import BackgroundScheduler
+from apscheduler.triggers.base import BaseTrigger
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from kvmsnapd.policy import Policy
+
+_FIRST_RETRY, _LATEST_RETRY = timedelta(minutes=1), timedelta(minutes=15)
+
+
+def retry_delay(failures: int, interval: timedelta) -> timedelta:
+    """Return how long to wait after this many failures in a row: a minute, doubling to a quarter of an hour.
+
+    Never longer than half the schedule's interval, so that fast schedules retry fast.
+    """
+    # The exponent is capped well above where the delay is.
+    delay: timedelta = min(_FIRST_RETRY * 2 ** min(failures - 1, 10), _LATEST_RETRY, interval / 2)
+    return max(delay, timedelta(seconds=1))
+
+
+class _SlotTrigger(BaseTrigger):  # type: ignore[misc]  # APScheduler has no types
+    """Fires at every slot of a schedule, delayed by the pair's splay."""
+
+    def __init__(self, policy: Policy, splay: timedelta) -> None:
+        self._policy = policy
+        self._splay = splay
+
+    def get_next_fire_time(self, previous: datetime | None, now: datetime) -> datetime:
+        # An exception here would end APScheduler's thread for good, without a word. After a long sleep only the latest
+        # slot matters, so the search never begins further back than now.
+        try:
+            return self._policy.schedule.next_slot(max(previous or now, now) - self._splay) + self._splay
+        except Exception:
+            logging.getLogger(__name__).exception("next slot of policy %s", self._policy.name)
+            return now + timedelta(hours=1)
+
+    def __str__(self) -> str:
+        return f"{self._policy.schedule} + {self._splay}"
+
+
+class _Pool(ThreadPoolExecutor):  # type: ignore[misc]
+    """APScheduler's pool, telling when a job is queued and not only when it begins to run."""
+
+    def __init__(self, workers: int, on_queued: Callable[[str], None]) -> None:
+        super().__init__(workers)
+        self._on_queued = on_queued
+
+    def _do_submit_job(self, job: Any, run_times: list[datetime]) -> None:  # noqa: ANN401
+        self._on_queued(job.id)
+        super()._do_submit_job(job, run_times)
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What one pair's job should be: its policy, its splay, and when it runs next."""
+
+    policy: Policy
+    splay: timedelta
+    run_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class JobChanges:
+    """How many jobs a :meth:`JobScheduler.sync` added, replaced and removed."""
+
+    added: int = 0
+    changed: int = 0
+    removed: int = 0
+
+    def __bool__(self) -> bool:
+        """Tell whether anything changed."""
+        return bool(self.added or self.changed or self.removed)
+
+
+class JobScheduler:
+    """Runs ``run(key)`` for each pair when it is due, never twice at once for one pair, ``workers`` at a time.
+
+    All methods but the jobs themselves are to be called from one thread.
+    """
+
+    def __init__(self, run: Callable[[str], None], *, workers: int) -> None:
+        """Prepare; nothing runs before :meth:`start`."""
+        self._run = run
+        self._jobs: dict[str, tuple[Policy, timedelta, Any]] = {}
+        self._active: set[str] = set()
+        self._idle = threading.Condition()
+        self._stopping = False
+        self._scheduler = BackgroundScheduler(
+            timezone=UTC,
+            executors={"default": _Pool(workers, self._queued)},
+            # A late run is still wanted (the default drops it after one second), and once is enough.
+            job_defaults={"misfire_grace_time": None, "coalesce": True, "max_instances": 1},
+        )
+
+    def start(self) -> None:
+        """Begin to run jobs."""
+        self._scheduler.start()
+
+    def sync(self, wanted: Mapping[str, Wanted]) -> JobChanges:
+        """Make the jobs match ``wanted``; a job that is as wanted already is not touched.
+
+        A job whose time was moved, because its run failed or the clock was stepped, is only re-timed and counts as
+        unchanged.
+        """
+        added = changed = removed = 0
+        for key in self._jobs.keys() - wanted.keys():
+            self._scheduler.remove_job(key)
+            del self._jobs[key]
+            removed += 1
+        for key, want in wanted.items():
+            known = self._jobs.get(key)
+            if known is None or known[:2] != (want.policy, want.splay):
+                job = self._scheduler.add_job(
+                    self._guarded,
+                    _SlotTrigger(want.policy, want.splay),
+                    args=(key,),
+                    id=key,
+                    replace_existing=True,
+                    next_run_time=want.run_at,
+                )
+                self._jobs[key] = (want.policy, want.splay, job)
+                added, changed = added + (known is None), changed + (known is not None)
+            elif known[2].next_run_time != want.run_at and key not in self._active:
+                self._scheduler.modify_job(key, next_run_time=want.run_at)
+        return JobChanges(added, changed, removed)
+
+    def active(self) -> frozenset[str]:
+        """Return the keys of the pairs whose runs are queued or going on."""
+        with self._idle:
+            return frozenset(self._active)
+
+    def stop(self, timeout: timedelta) -> bool:
+        """Start nothing more and wait for runs that are going on; return whether all of them ended in time."""
+        self._stopping = True
+        # Never with wait=True: it holds a lock of the scheduler while it joins the pool.
+        self._scheduler.shutdown(wait=False)
+        deadline = time.monotonic() + timeout.total_seconds()
+        with self._idle:
+            return self._idle.wait_for(lambda: not self._active, timeout=deadline - time.monotonic())
+
+    def _queued(self, key: str) -> None:
+        with self._idle:
+            self._active.add(key)
+
+    def _guarded(self, key: str) -> None:
+        """Run one pair on a pool thread, unless we are stopping, and keep account of it."""
+        try:
+            if not self._stopping:
+                self._run(key)
+        except Exception:
+            logging.getLogger(__name__).exception("run of %s ended in an unforeseen error", key)
+        finally:
+            with self._idle:
+                self._active.discard(key)
+                self._idle.notify_all()
