@@ -91,7 +91,7 @@ class SnapshotNotFoundError(HypervisorError):
 
 
 class SnapshotExistsError(HypervisorError):
-    """A snapshot of this name exists already; nothing was changed."""
+    """A snapshot of this name, or the overlay it would create, exists already; nothing was changed."""
 
     reason = "snapshot_exists"
 

@@ -77,8 +77,9 @@ class Executor:
     publish: Publish
     clock: Callable[[], datetime]
     stopwatch: Callable[[], float]
-    # Attempts at a slot whose outcome stayed unknown: (pair, slot) to how many.
-    _unknown: Counter[tuple[str, datetime]] = field(default_factory=Counter)
+    # How many names of a slot must not be used again, by (pair key, slot): the outcome of a take stayed unknown, or it
+    # met a file left behind by one that was cut off.
+    _used_up: Counter[tuple[str, datetime]] = field(default_factory=Counter)
     # Why a domain could not be thawed yet, so that the same words are published once.
     _not_thawed: dict[str, str] = field(default_factory=dict)
 
@@ -118,8 +119,8 @@ class Executor:
         slot = due_for(domain, policy, now).slot
         if slot is None:
             return Outcome("nothing_due")
-        unknown = self._unknown[pair.name.key, slot]
-        plan = plan_run(domain, policy, self.hypervisor.capabilities(), now=now, attempt=1 + unknown)
+        attempt = 1 + self._used_up[pair.name.key, slot]
+        plan = plan_run(domain, policy, self.hypervisor.capabilities(), now=now, attempt=attempt)
         if plan.refusal:
             return self._skip(pair, plan.refusal.reason, plan.refusal.detail)
         if plan.take is None:
@@ -127,7 +128,7 @@ class Executor:
         taken = self._take(pair, plan.take)
         if taken is None:
             return Outcome("failed", plan.take.mark.scheduled_at)
-        self._unknown.pop((pair.name.key, plan.take.mark.scheduled_at), None)
+        self._used_up.pop((pair.name.key, plan.take.mark.scheduled_at), None)
         deleted, blocked = self._prune(pair, plan)
         return Outcome("taken", plan.take.mark.scheduled_at, taken, deleted, blocked)
 
@@ -153,8 +154,8 @@ class Executor:
                 if existing and existing.mark:
                     return existing.name
             unknown = isinstance(error, HypervisorUnreachableError)
-            if unknown:
-                self._unknown[pair.name.key, request.mark.scheduled_at] += 1
+            if unknown or isinstance(error, SnapshotExistsError):
+                self._used_up[pair.name.key, request.mark.scheduled_at] += 1
             state = "whether it was taken is not known yet and will be looked up" if unknown else "none was taken"
             self.publish(
                 SnapshotFailed(

@@ -42,7 +42,7 @@ class Hypervisor(Protocol):
         """Take one snapshot: every disk takes part, or none does. Returns when libvirt has answered.
 
         Raises:
-            SnapshotExistsError: the name is taken; nothing was changed.
+            SnapshotExistsError: the name, or an overlay of that name, is taken; nothing was changed.
             GuestAgentUnavailableError: quiesce was asked for and the agent did not freeze; nothing was changed. Never
                 retried without quiesce here: giving up consistency is the policy's decision.
             DomainBusyError: another job holds the domain; nothing was changed.

@@ -105,8 +105,8 @@ class Schedule:
 def _cron_intervals(cron: str, timezone: ZoneInfo) -> tuple[timedelta, timedelta]:
     """Return the shortest and the longest time between neighbouring slots, from enough of them to know the pattern."""
     _, _, day, month, weekday = cron.split()
-    # A rule on days of the week alone repeats every week, but for the weeks in which the clock changes; "mon#2" and "5L"
-    # mean one week of a month.
+    # A rule on days of the week alone repeats every week, but for the weeks in which the clock changes; "mon#2" and
+    # "5L" mean one week of a month.
     if day == month == "*" and not set("#L") & set(weekday.upper()):
         starts = [_YEAR, *(change - timedelta(days=8) for change in _clock_changes(timezone))]
         span = timedelta(days=16)

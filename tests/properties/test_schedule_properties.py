@@ -20,8 +20,19 @@ TEXTS = [
 
 schedules = st.builds(parse_schedule, st.sampled_from(TEXTS), st.sampled_from(ZONES))
 # Half of the instants fall near the clock changes of 2026 in the zones above.
-changes = [datetime(2026, 3, 8, 7), datetime(2026, 3, 29, 1), datetime(2026, 4, 4, 15), datetime(2026, 4, 5, 3),
-           datetime(2026, 9, 6, 4), datetime(2026, 10, 3, 15), datetime(2026, 10, 25, 1), datetime(2026, 11, 1, 6)]  # fmt: skip
+changes = [
+    datetime.fromisoformat(text)
+    for text in (
+        "2026-03-08T07",
+        "2026-03-29T01",
+        "2026-04-04T15",
+        "2026-04-05T03",
+        "2026-09-06T04",
+        "2026-10-03T15",
+        "2026-10-25T01",
+        "2026-11-01T06",
+    )
+]
 instants = st.one_of(
     st.datetimes(datetime(2025, 1, 1), datetime(2028, 1, 1)),
     st.builds(lambda at, s: at + timedelta(seconds=s), st.sampled_from(changes), st.integers(-30000, 30000)),

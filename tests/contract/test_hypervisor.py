@@ -1,0 +1,218 @@
+"""What every hypervisor behind the port does: the fake, libvirt's test driver, and libvirt with QEMU guests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+
+import pytest
+
+from kvmsnapd.demo import write_test_host
+from kvmsnapd.errors import DomainNotFoundError, HypervisorUnreachableError, SnapshotExistsError
+from kvmsnapd.libvirt_host import LibvirtHost
+from kvmsnapd.model import Capabilities, Consistency, Domain, DomainState, Kind, TakeRequest
+from kvmsnapd.policy import ConsistencyRule
+from kvmsnapd.preflight import plan_take
+from tests.builders import a_policy
+from tests.fakes import FakeHypervisor, a_domain
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from kvmsnapd.hypervisor import Hypervisor
+    from tests.lab.guest import Guest
+    from tests.lab.libvirtd import Libvirtd
+
+NOWHERE = "00000000-0000-0000-0000-000000000000"
+SLOT = datetime(2026, 11, 22, 9, tzinfo=UTC)
+
+
+@dataclass
+class Ground:
+    """One hypervisor with one domain, without snapshots."""
+
+    hypervisor: Hypervisor
+    uuid: str
+    kind: Kind
+    make_foreign: Callable[[str], object]
+    runs: bool = True
+
+    def request(self, number: int = 0) -> TakeRequest:
+        """Return the request that the daemon would make for the n-th slot."""
+        policy = a_policy(kind=self.kind, consistency=ConsistencyRule.FILESYSTEM_PREFERRED)
+        slot = SLOT + timedelta(hours=number)
+        request = plan_take(self.domain, policy, self.hypervisor.capabilities(), slot=slot, now=slot)
+        assert isinstance(request, TakeRequest), request
+        return request
+
+    def take(self, number: int) -> str:
+        """Take the n-th slot's snapshot and return its name."""
+        return self.hypervisor.take_snapshot(self.request(number)).name
+
+    @property
+    def domain(self) -> Domain:
+        """The domain, freshly read."""
+        return self.hypervisor.domain(self.uuid)
+
+    @property
+    def names(self) -> list[str]:
+        """The snapshots' names, in their order in the tree."""
+        parents = {snapshot.parent: snapshot.name for snapshot in self.domain.snapshots}
+        chain, name = [], parents.get(None)
+        while name:
+            chain.append(name)
+            name = parents.get(name)
+        assert len(chain) == len(self.domain.snapshots)
+        return chain
+
+
+def fake_ground(_request: pytest.FixtureRequest) -> Ground:
+    fake = FakeHypervisor()
+    domain = fake.add(a_domain())
+    return Ground(fake, domain.uuid, Kind.EXTERNAL, lambda name: fake.make_foreign(domain.uuid, name))
+
+
+def driver_ground(request: pytest.FixtureRequest, *, runs: bool) -> Ground:
+    host = LibvirtHost(write_test_host(request.getfixturevalue("tmp_path"), {"web1": runs}))
+    request.addfinalizer(host.close)
+    (inventory,) = host.inventory()
+    raw = host._writing.get().lookupByUUIDString(inventory.uuid)  # the driver's state is private to its connection
+    return Ground(host, inventory.uuid, Kind.INTERNAL, lambda name: raw.snapshotCreateXML(_foreign(name), 0), runs)
+
+
+def qemu_ground(request: pytest.FixtureRequest, kind: Kind, **options: object) -> Ground:
+    guest: Guest = request.getfixturevalue("make_guest")(**options)
+    libvirtd: Libvirtd = request.getfixturevalue("libvirtd")
+    host = LibvirtHost(libvirtd.uri)
+    request.addfinalizer(host.close)
+    disk_only = 16 if kind is Kind.EXTERNAL else 0
+    return Ground(
+        host,
+        guest.domain.UUIDString(),
+        kind,
+        lambda name: guest.domain.snapshotCreateXML(_foreign(name), disk_only),
+        bool(options.get("running", True)),
+    )
+
+
+def _foreign(name: str) -> str:
+    return f"<domainsnapshot><name>{name}</name><description>before the upgrade</description></domainsnapshot>"
+
+
+GROUNDS = {
+    "fake": fake_ground,
+    "test-driver": lambda request: driver_ground(request, runs=True),
+    "test-driver-off": lambda request: driver_ground(request, runs=False),
+    "qemu-external": lambda request: qemu_ground(request, Kind.EXTERNAL),
+    "qemu-external-raw-two-disks": lambda request: qemu_ground(
+        request, Kind.EXTERNAL, image_format="raw", disks=2, agent=False
+    ),
+    "qemu-external-off": lambda request: qemu_ground(request, Kind.EXTERNAL, running=False),
+    "qemu-internal": lambda request: qemu_ground(request, Kind.INTERNAL, agent=False),
+    "qemu-internal-off": lambda request: qemu_ground(request, Kind.INTERNAL, running=False),
+}
+
+
+@pytest.fixture(
+    params=[pytest.param(name, marks=[pytest.mark.qemu] if name.startswith("qemu") else []) for name in GROUNDS]
+)
+def ground(request: pytest.FixtureRequest) -> Iterator[Ground]:
+    return GROUNDS[request.param](request)  # type: ignore[return-value]
+
+
+def test_a_new_domain_is_listed_without_snapshots(ground: Ground) -> None:
+    (inventory,) = (d for d in ground.hypervisor.inventory() if d.uuid == ground.uuid)
+    assert (inventory.name, inventory.snapshots) == (ground.domain.name, ())
+    assert ground.domain.state is (DomainState.RUNNING if ground.runs else DomainState.SHUT_OFF)
+
+
+def test_the_driver_can_take_the_kind_that_is_asked_of_it(ground: Ground) -> None:
+    capabilities = ground.hypervisor.capabilities()
+    assert isinstance(capabilities, Capabilities)
+    assert capabilities.external_snapshots or ground.kind is Kind.INTERNAL
+
+
+def test_a_taken_snapshot_is_found_again_with_its_mark(ground: Ground) -> None:
+    request = ground.request()
+    taken = ground.hypervisor.take_snapshot(request)
+    assert (taken.name, taken.mark, taken.kind) == (request.name, request.mark, ground.kind)
+    assert ground.domain.snapshots == (taken,)
+    (inventory,) = (d for d in ground.hypervisor.inventory() if d.uuid == ground.uuid)
+    assert inventory.snapshots == (taken,)
+
+
+def test_consistency_is_what_the_guest_allows(ground: Ground) -> None:
+    if not ground.runs:
+        expected = Consistency.OFFLINE
+    elif ground.kind is Kind.INTERNAL:
+        expected = Consistency.MEMORY
+    else:
+        expected = Consistency.FILESYSTEM if ground.domain.agent_connected else Consistency.CRASH
+    mark = ground.hypervisor.take_snapshot(ground.request()).mark
+    assert mark is not None
+    assert mark.consistency is expected
+
+
+def test_a_name_is_taken_once_and_the_second_time_changes_nothing(ground: Ground) -> None:
+    request = ground.request()
+    ground.hypervisor.take_snapshot(request)
+    before = ground.domain.snapshots
+    with pytest.raises(SnapshotExistsError):
+        ground.hypervisor.take_snapshot(request)
+    assert ground.domain.snapshots == before
+
+
+def test_snapshots_form_a_chain_and_a_deleted_one_leaves_it_whole(ground: Ground) -> None:
+    names = [ground.take(number) for number in range(4)]
+    assert ground.names == names
+    newest_first = not ground.runs and not ground.hypervisor.capabilities().delete_external_in_chain_offline
+    order = [names[3], names[2]] if newest_first and ground.kind is Kind.EXTERNAL else [names[1], names[0]]
+    for name in order:
+        ground.hypervisor.delete_snapshot(ground.uuid, name)
+        names.remove(name)
+        assert ground.names == names
+
+
+def test_deleting_what_is_gone_is_success_and_touches_nothing_else(ground: Ground) -> None:
+    kept, gone = ground.take(0), ground.take(1)
+    ground.hypervisor.delete_snapshot(ground.uuid, gone)
+    ground.hypervisor.delete_snapshot(ground.uuid, gone)
+    assert ground.names == [kept]
+
+
+def test_a_snapshot_of_a_person_is_foreign(ground: Ground) -> None:
+    ground.make_foreign("before-upgrade")
+    (snapshot,) = ground.domain.snapshots
+    assert (snapshot.name, snapshot.mark, snapshot.kind) == ("before-upgrade", None, ground.kind)
+
+
+def test_our_name_without_our_description_is_foreign(ground: Ground) -> None:
+    name = ground.request().name
+    ground.make_foreign(name)
+    assert ground.domain.snapshots[0].mark is None
+    assert ground.request().name == f"{name}-2"
+
+
+def test_a_domain_that_does_not_exist_is_not_found(ground: Ground) -> None:
+    for call in (
+        lambda: ground.hypervisor.domain(NOWHERE),
+        lambda: ground.hypervisor.delete_snapshot(NOWHERE, "any"),
+        lambda: ground.hypervisor.thaw(NOWHERE),
+    ):
+        with pytest.raises(DomainNotFoundError):
+            call()
+
+
+def test_thawing_a_guest_that_is_not_frozen_does_nothing(ground: Ground) -> None:
+    if ground.runs and ground.domain.agent_connected:
+        ground.hypervisor.thaw(ground.uuid)
+        ground.hypervisor.thaw(ground.uuid)
+
+
+def test_a_libvirt_that_is_not_there_is_unreachable(tmp_path: Path) -> None:
+    host = LibvirtHost(f"qemu+unix:///system?socket={tmp_path}/libvirt-sock")
+    for call in (host.capabilities, host.inventory, lambda: host.domain(NOWHERE), lambda: host.thaw(NOWHERE)):
+        with pytest.raises(HypervisorUnreachableError, match="cannot reach libvirt at"):
+            call()

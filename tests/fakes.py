@@ -1,0 +1,140 @@
+"""A hypervisor in memory, behind the port. The contract suite holds it to what libvirt does."""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from collections import defaultdict
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from kvmsnapd.errors import DomainNotFoundError, HypervisorError, SnapshotExistsError
+from kvmsnapd.model import Capabilities, Disk, Domain, DomainState, Inventory, Kind, Snapshot
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kvmsnapd.model import TakeRequest
+
+
+def a_domain(name: str = "web1", **changes: object) -> Domain:
+    """Return a running domain with one qcow2 disk and a guest agent, changed as asked."""
+    domain = Domain(
+        uuid=str(uuid.uuid5(uuid.NAMESPACE_DNS, name)),
+        name=name,
+        disks=(Disk("vda", path=f"/images/{name}.qcow2"),),
+        agent_connected=True,
+    )
+    return replace(domain, **changes)  # type: ignore[arg-type]
+
+
+@dataclass
+class FakeHypervisor:
+    """Domains in memory. ``before`` holds, per operation, what is to go wrong at its next calls.
+
+    A function in ``before["take_snapshot"]`` runs at the beginning of that call: it may raise, to fail the call, or change
+    the fake, to have a person interfere. Each is used once.
+    """
+
+    domains: dict[str, Domain] = field(default_factory=dict)
+    limits: Capabilities = field(default_factory=lambda: Capabilities("fake", "1.0.0"))
+    clock: Callable[[], datetime] = lambda: datetime.now(UTC)
+    before: dict[str, list[Callable[..., None]]] = field(default_factory=lambda: defaultdict(list))
+    calls: list[tuple[str, ...]] = field(default_factory=list)
+    frozen: set[str] = field(default_factory=set)
+    _lock: threading.RLock = field(default_factory=threading.RLock)
+
+    def add(self, domain: Domain) -> Domain:
+        """Define a domain."""
+        self.domains[domain.uuid] = domain
+        return domain
+
+    def capabilities(self) -> Capabilities:
+        """See the port."""
+        return self.limits
+
+    def inventory(self) -> tuple[Inventory, ...]:
+        """See the port."""
+        self._begin("inventory")
+        with self._lock:
+            found = [Inventory(d.uuid, d.name, d.snapshots) for d in self.domains.values()]
+        return tuple(sorted(found, key=lambda inventory: inventory.name))
+
+    def domain(self, domain_uuid: str) -> Domain:
+        """See the port."""
+        self._begin("domain", domain_uuid)
+        if domain_uuid not in self.domains:
+            msg = f"no domain {domain_uuid}"
+            raise DomainNotFoundError(msg, operation="read_domain", domain=domain_uuid)
+        return self.domains[domain_uuid]
+
+    def take_snapshot(self, request: TakeRequest) -> Snapshot:
+        """See the port."""
+        self._begin("take_snapshot", request.domain_uuid, request.name)
+        return self.finish_take(request)
+
+    def finish_take(self, request: TakeRequest) -> Snapshot:
+        """Do what a take does, as libvirtd also does when its client has gone away."""
+        with self._lock:
+            domain = self.domain(request.domain_uuid)
+            if any(snapshot.name == request.name for snapshot in domain.snapshots):
+                msg = f"domain moment {request.name} already exists"
+                raise SnapshotExistsError(msg, operation="snapshot_create", domain=domain.name)
+            snapshot = Snapshot(
+                request.name, self.clock().replace(microsecond=0), request.mark.kind, _leaf(domain), request.mark
+            )
+            self._set_snapshots(domain, (*domain.snapshots, snapshot))
+            return snapshot
+
+    def make_foreign(self, domain_uuid: str, name: str, kind: Kind = Kind.EXTERNAL) -> None:
+        """Take a snapshot as a person would with virsh."""
+        domain = self.domain(domain_uuid)
+        snapshot = Snapshot(name, self.clock().replace(microsecond=0), kind, _leaf(domain))
+        self._set_snapshots(domain, (*domain.snapshots, snapshot))
+
+    def delete_snapshot(self, domain_uuid: str, name: str) -> None:
+        """See the port."""
+        self._begin("delete_snapshot", domain_uuid, name)
+        with self._lock:
+            domain = self.domain(domain_uuid)
+            gone = next((s for s in domain.snapshots if s.name == name), None)
+            if gone is None:
+                return
+            left = (s for s in domain.snapshots if s is not gone)
+            moved = tuple(replace(s, parent=gone.parent) if s.parent == name else s for s in left)
+            self._set_snapshots(domain, moved)
+
+    def thaw(self, domain_uuid: str) -> None:
+        """See the port."""
+        self._begin("thaw", domain_uuid)
+        if self.domain(domain_uuid).state is not DomainState.RUNNING:
+            msg = "domain is not running"
+            raise HypervisorError(msg, operation="thaw", domain=domain_uuid)
+        self.frozen.discard(domain_uuid)
+
+    def snapshot_names(self, domain_uuid: str) -> list[str]:
+        """Return the names of a domain's snapshots, oldest first."""
+        return [snapshot.name for snapshot in self.domains[domain_uuid].snapshots]
+
+    def _begin(self, operation: str, *arguments: str) -> None:
+        self.calls.append((operation, *arguments))
+        if self.before[operation]:
+            self.before[operation].pop(0)()
+
+    def _set_snapshots(self, domain: Domain, snapshots: tuple[Snapshot, ...]) -> None:
+        self.domains[domain.uuid] = replace(domain, snapshots=snapshots)
+
+
+def _leaf(domain: Domain) -> str | None:
+    """Return the newest snapshot's name, which becomes the parent of the next."""
+    return domain.snapshots[-1].name if domain.snapshots else None
+
+
+def raising(error: Exception) -> Callable[[], None]:
+    """Return a function that raises ``error``, for :attr:`FakeHypervisor.before`."""
+
+    def fail() -> None:
+        raise error
+
+    return fail

@@ -1,0 +1,366 @@
+"""Runs against the fake hypervisor, with everything that can go wrong in them."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from kvmsnapd.errors import (
+    DomainBusyError,
+    GuestAgentUnavailableError,
+    HypervisorError,
+    HypervisorUnreachableError,
+    SnapshotExistsError,
+)
+from kvmsnapd.events import (
+    DeleteFailed,
+    DomainThawed,
+    Event,
+    PruneBlocked,
+    RunFinished,
+    RunSkipped,
+    SnapshotDeleted,
+    SnapshotDowngraded,
+    SnapshotFailed,
+    SnapshotTaken,
+)
+from kvmsnapd.execute import Executor, Outcome
+from kvmsnapd.fleet import survey
+from kvmsnapd.model import Consistency, DomainState, Kind, TakeRequest
+from kvmsnapd.naming import format_name
+from kvmsnapd.policy import ConsistencyRule, Policy
+from kvmsnapd.state_files import DomainLocks, FreezeIntents
+from tests.builders import NOON, a_chain, a_policy
+from tests.fakes import FakeHypervisor, a_domain, raising
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+HOUR = timedelta(hours=1)
+
+
+class Bench:
+    """An executor on the fake, one domain, a clock that tests move."""
+
+    def __init__(self, directory: Path, policy: Policy | None = None, **domain: object) -> None:
+        self.now = NOON
+        self.fake = FakeHypervisor(clock=lambda: self.now)
+        self.policy = policy or a_policy()
+        self.uuid = self.fake.add(a_domain(**domain)).uuid  # type: ignore[arg-type]
+        self.locks, self.intents = DomainLocks(directory / "locks"), FreezeIntents(directory / "frozen")
+        self.events: list[Event] = []
+        ticks = itertools.count()
+        self.executor = Executor(
+            self.fake,
+            self.locks,
+            self.intents,
+            self.events.append,
+            clock=lambda: self.now,
+            stopwatch=lambda: float(next(ticks)),
+        )
+
+    def run(self) -> Outcome:
+        """Run the pair as the daemon would."""
+        selectors = {"*": (self.policy,)}
+        fleet = survey([self.policy.name], selectors, self.fake.inventory(), now=self.now)
+        (pair,) = fleet.pairs
+        return self.executor.run(pair)
+
+    def said(self, kind: type[Event]) -> list[Any]:
+        """Return the events of one kind, and forget them."""
+        found = [event for event in self.events if type(event) is kind]
+        self.events = [event for event in self.events if type(event) is not kind]
+        self.executor.publish = self.events.append
+        return found
+
+    @property
+    def names(self) -> list[str]:
+        return self.fake.snapshot_names(self.uuid)
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    return Bench(tmp_path)
+
+
+def unreachable() -> HypervisorUnreachableError:
+    return HypervisorUnreachableError("connection lost", operation="snapshot_create")
+
+
+def agent_silent() -> GuestAgentUnavailableError:
+    return GuestAgentUnavailableError("agent did not answer", operation="snapshot_create", code=86)
+
+
+def test_a_due_slot_is_taken_under_its_name(bench: Bench) -> None:
+    assert bench.run() == Outcome("taken", NOON, format_name("standard", NOON))
+    (event,) = bench.said(SnapshotTaken)
+    assert (event.consistency, event.kind, event.scheduled_at) == ("filesystem", "external", NOON)
+    assert bench.names == [event.snapshot]
+
+
+def test_a_slot_that_is_done_is_not_taken_again(bench: Bench) -> None:
+    bench.run()
+    assert bench.run() == Outcome("nothing_due")
+    assert len(bench.names) == 1
+
+
+def test_snapshots_no_rule_claims_are_deleted_after_the_take(bench: Bench) -> None:
+    for _ in range(5):
+        bench.run()
+        bench.now += HOUR
+    assert bench.names == [format_name("standard", NOON + n * HOUR) for n in (2, 3, 4)]
+    assert [event.snapshot for event in bench.said(SnapshotDeleted)] == [
+        format_name("standard", NOON + n * HOUR) for n in (0, 1)
+    ]
+
+
+def test_a_failed_take_deletes_nothing(bench: Bench) -> None:
+    bench.fake.add(
+        replace(bench.fake.domains[bench.uuid], snapshots=a_chain(*(NOON - n * HOUR for n in (5, 4, 3, 2, 1))))
+    )
+    bench.fake.before["take_snapshot"] = [raising(HypervisorError("no space left", operation="snapshot_create"))]
+    before = bench.names
+    assert bench.run().result == "failed"
+    assert bench.names == before
+    (event,) = bench.said(SnapshotFailed)
+    assert (event.reason, event.error) == ("libvirt", "no space left; none was taken")
+
+
+def test_foreign_snapshots_are_never_deleted(bench: Bench) -> None:
+    bench.fake.make_foreign(bench.uuid, "before-upgrade")
+    bench.fake.make_foreign(bench.uuid, format_name("standard", NOON - 9 * HOUR))
+    for _ in range(6):
+        bench.run()
+        bench.now += HOUR
+    assert bench.names[:2] == ["before-upgrade", format_name("standard", NOON - 9 * HOUR)]
+    assert len(bench.names) == 5
+
+
+def test_more_deletes_than_the_fuse_allows_delete_nothing_and_say_so(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, a_policy(keep="last=2", max_deletes_per_run=3))
+    slots = [NOON - n * HOUR for n in range(6, 0, -1)]
+    bench.fake.add(replace(bench.fake.domains[bench.uuid], snapshots=a_chain(*slots)))
+    outcome = bench.run()
+    assert (outcome.result, outcome.deleted, outcome.blocked) == ("taken", 0, 5)
+    (event,) = bench.said(PruneBlocked)
+    assert event.blocked == {"fuse": 5}
+
+
+def test_a_silent_agent_downgrades_where_the_policy_prefers(bench: Bench) -> None:
+    bench.fake.before["take_snapshot"] = [raising(agent_silent())]
+    assert bench.run().result == "taken"
+    assert len(bench.said(SnapshotDowngraded)) == 1
+    mark = bench.fake.domains[bench.uuid].snapshots[0].mark
+    assert mark is not None
+    assert mark.consistency is Consistency.CRASH
+
+
+def test_a_silent_agent_fails_where_the_policy_requires(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, a_policy(consistency=ConsistencyRule.FILESYSTEM))
+    bench.fake.before["take_snapshot"] = [raising(agent_silent())]
+    assert bench.run().result == "failed"
+    assert bench.names == []
+    assert bench.said(SnapshotFailed)[0].reason == "agent"
+
+
+def test_an_agent_that_may_still_freeze_is_thawed_until_it_answers(bench: Bench) -> None:
+    bench.fake.before["take_snapshot"] = [raising(agent_silent())]
+    bench.run()
+    bench.fake.frozen.add(bench.uuid)
+    assert bench.intents.outstanding() == [bench.uuid]
+    bench.fake.before["thaw"] = [raising(agent_silent()), raising(agent_silent())]
+    for _ in range(3):
+        bench.executor.thaw_leftovers()
+    assert bench.intents.outstanding() == []
+    assert bench.fake.frozen == set()
+    assert [event.error for event in bench.said(DomainThawed)] == ["agent did not answer", None]
+
+
+def test_a_run_thaws_a_domain_that_an_earlier_one_may_have_left_frozen(bench: Bench) -> None:
+    bench.intents.record(bench.uuid)
+    bench.fake.frozen.add(bench.uuid)
+    bench.run()
+    assert bench.fake.frozen == set()
+    assert bench.intents.outstanding() == []
+
+
+def test_a_quiesced_take_leaves_no_intent_and_an_answered_refusal_neither(bench: Bench) -> None:
+    bench.fake.before["take_snapshot"] = [raising(HypervisorError("refused", operation="snapshot_create"))]
+    bench.run()
+    assert bench.intents.outstanding() == []
+    bench.run()
+    assert bench.intents.outstanding() == []
+
+
+def test_the_intent_is_on_disk_while_libvirt_works(bench: Bench) -> None:
+    seen = []
+    bench.fake.before["take_snapshot"] = [lambda: seen.append(bench.intents.outstanding())]
+    bench.run()
+    assert seen == [[bench.uuid]]
+
+
+def test_a_guest_that_was_shut_off_meanwhile_needs_no_thaw(bench: Bench) -> None:
+    bench.intents.record(bench.uuid)
+    bench.fake.add(replace(bench.fake.domains[bench.uuid], state=DomainState.SHUT_OFF))
+    bench.executor.thaw_leftovers()
+    assert bench.intents.outstanding() == []
+    assert ("thaw", bench.uuid) not in bench.fake.calls
+
+
+def test_intents_of_domains_that_are_gone_are_dropped(bench: Bench) -> None:
+    bench.intents.record("00000000-0000-0000-0000-000000000000")
+    bench.executor.thaw_leftovers()
+    assert bench.intents.outstanding() == []
+
+
+def test_a_lost_connection_leaves_the_outcome_open_and_the_retry_takes_another_name(bench: Bench) -> None:
+    bench.fake.before["take_snapshot"] = [raising(unreachable())]
+    assert bench.run().result == "failed"
+    (event,) = bench.said(SnapshotFailed)
+    assert event.reason == "connection"
+    assert "not known yet" in event.error
+    assert bench.intents.outstanding() == [bench.uuid]
+    assert bench.run().snapshot == format_name("standard", NOON, 2)
+
+
+def test_a_take_that_libvirt_finished_after_the_connection_broke_is_not_repeated(bench: Bench) -> None:
+    def finish_and_break() -> None:
+        bench.fake.finish_take(the_request(bench))
+        raise unreachable()
+
+    bench.fake.before["take_snapshot"] = [finish_and_break]
+    bench.run()
+    assert bench.run().result == "nothing_due"
+    assert bench.names == [format_name("standard", NOON)]
+
+
+def the_request(bench: Bench) -> TakeRequest:
+    from kvmsnapd.preflight import plan_take  # noqa: PLC0415
+
+    domain = bench.fake.domains[bench.uuid]
+    request = plan_take(domain, bench.policy, bench.fake.limits, slot=NOON, now=NOON)
+    assert isinstance(request, TakeRequest)
+    return request
+
+
+def test_a_take_finished_by_an_earlier_process_counts_as_taken(bench: Bench) -> None:
+    bench.fake.before["take_snapshot"] = [lambda: void(bench.fake.finish_take(the_request(bench)))]
+    assert bench.run() == Outcome("taken", NOON, format_name("standard", NOON))
+    assert bench.names == [format_name("standard", NOON)]
+
+
+def void(_value: object) -> None:
+    return None
+
+
+def test_an_overlay_left_behind_fails_once_and_the_retry_takes_another_name(bench: Bench) -> None:
+    left_behind = SnapshotExistsError("external snapshot file already exists", operation="snapshot_create", code=67)
+    bench.fake.before["take_snapshot"] = [raising(left_behind)]
+    assert bench.run().result == "failed"
+    assert bench.run().snapshot == format_name("standard", NOON, 2)
+
+
+def test_a_refused_domain_is_skipped_with_its_reason_and_untouched(bench: Bench) -> None:
+    bench.fake.add(replace(bench.fake.domains[bench.uuid], managed_save=True))
+    outcome = bench.run()
+    assert (outcome.result, outcome.wants_retry) == ("skipped", True)
+    assert bench.said(RunSkipped)[0].reason == "managed_save"
+    assert bench.names == []
+
+
+def test_a_domain_somebody_else_works_on_is_skipped(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvmsnapd.execute.LOCK_WAIT", timedelta(seconds=0.1))
+    with bench.locks.hold(bench.uuid, wait=timedelta(0)):
+        assert bench.run().result == "skipped"
+    assert bench.said(RunSkipped)[0].reason == "locked"
+    assert bench.run().result == "taken"
+
+
+def test_a_vanished_domain_ends_the_run_without_an_error(bench: Bench) -> None:
+    bench.fake.before["domain"] = [lambda: void(bench.fake.domains.pop(bench.uuid))]
+    assert bench.run().result == "skipped"
+    assert bench.said(RunSkipped)[0].reason == "domain_gone"
+
+
+def test_a_delete_that_fails_ends_the_pruning_and_keeps_the_take(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, a_policy(keep="last=1"))
+    bench.fake.add(replace(bench.fake.domains[bench.uuid], snapshots=a_chain(*(NOON - n * HOUR for n in (3, 2, 1)))))
+    bench.fake.before["delete_snapshot"] = [raising(DomainBusyError("block job active", operation="snapshot_delete"))]
+    outcome = bench.run()
+    assert (outcome.result, outcome.deleted) == ("taken", 0)
+    assert bench.said(DeleteFailed)[0].reason == "busy"
+    assert len(bench.names) == 4
+    bench.now += HOUR
+    assert bench.run().deleted == 4
+
+
+def test_a_delete_libvirt_only_pretended_is_a_failure(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.fake.add(replace(bench.fake.domains[bench.uuid], snapshots=a_chain(*(NOON - n * HOUR for n in (3, 2, 1)))))
+    monkeypatch.setattr(bench.fake, "delete_snapshot", lambda *_: None)
+    bench.run()
+    assert "still lists" in bench.said(DeleteFailed)[0].error
+
+
+@pytest.mark.parametrize("interference", ["hold", "foreign child", "block job", "mark removed"])
+def test_what_a_person_does_between_plan_and_delete_stops_the_delete(tmp_path: Path, interference: str) -> None:
+    bench = Bench(tmp_path, a_policy(keep="last=1"))
+    oldest = a_chain(NOON - HOUR)
+    bench.fake.add(replace(bench.fake.domains[bench.uuid], snapshots=oldest))
+
+    def interfere() -> None:
+        domain = bench.fake.domains[bench.uuid]
+        first, *rest = domain.snapshots
+        assert first.mark is not None
+        if interference == "hold":
+            from kvmsnapd.model import Hold  # noqa: PLC0415
+
+            first = replace(first, mark=replace(first.mark, hold=Hold("audit")))
+        elif interference == "mark removed":
+            first = replace(first, mark=None)
+        elif interference == "foreign child":
+            rest = [replace(s, mark=None) for s in rest]
+        else:
+            domain = replace(domain, disks=(replace(domain.disks[0], block_job=True),))
+        bench.fake.add(replace(domain, snapshots=(first, *rest)))
+
+    # The first read is the plan's; the second is the one just before the delete.
+    bench.fake.before["domain"] = [lambda: None, lambda: None, interfere]
+    outcome = bench.run()
+    assert (outcome.result, outcome.deleted, outcome.blocked) == ("taken", 0, 1)
+    assert bench.names[0] == oldest[0].name
+    assert sum(bench.said(PruneBlocked)[0].blocked.values()) == 1
+
+
+def test_each_run_ends_with_one_event_that_sums_it_up(bench: Bench) -> None:
+    bench.run()
+    (event,) = bench.said(RunFinished)
+    assert (event.result, event.snapshot, event.deleted) == ("taken", format_name("standard", NOON), 0)
+    assert event.duration_seconds > 0
+
+
+def test_internal_snapshots_never_ask_the_agent(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, a_policy(kind=Kind.INTERNAL))
+    bench.run()
+    mark = bench.fake.domains[bench.uuid].snapshots[0].mark
+    assert mark is not None
+    assert (mark.consistency, bench.intents.outstanding()) == (Consistency.MEMORY, [])
+
+
+def test_a_month_of_hours_with_failures_takes_no_slot_twice(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, a_policy(keep="last=2 hourly=3 daily=3"))
+    taken: list[datetime] = []
+    for hour in range(24 * 30):
+        if hour % 7 == 0:
+            bench.fake.before["take_snapshot"] = [raising(unreachable())]
+        if hour % 11 == 0:
+            bench.fake.before["delete_snapshot"] = [raising(DomainBusyError("busy", operation="snapshot_delete"))]
+        for _ in range(3):
+            bench.run()
+        taken += [event.scheduled_at for event in bench.said(SnapshotTaken)]
+        bench.now += HOUR
+    assert len(taken) == len(set(taken)) == 24 * 30
+    assert len(bench.names) <= 7
