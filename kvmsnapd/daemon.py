@@ -33,7 +33,6 @@ from kvmsnapd.state_files import DomainLocks, FreezeIntents
 
 if TYPE_CHECKING:
     from pathlib import Path
-    from types import FrameType
 
     from kvmsnapd.config import Config
     from kvmsnapd.events import Event, Publish
@@ -51,6 +50,9 @@ _RECONNECT_SECONDS = 2.0
 
 _FIXED = ("connect", "workers", "metrics", "state_directory", "runtime_directory")
 """Settings that a reload does not change; they need a restart, which the log then says."""
+
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def read_clock() -> datetime:
@@ -74,7 +76,7 @@ class Daemon:
     """
 
     def __init__(self, config_path: Path, *, connect: str | None = None, watch: Publish | None = None) -> None:
-        """Read the configuration and build everything; nothing runs yet.
+        """Read the configuration and build everything; nothing runs yet, and signals wait for :meth:`run`.
 
         Args:
             connect: libvirt URI to use instead of the configured one.
@@ -84,6 +86,9 @@ class Daemon:
             ConfigError: the configuration is not valid.
             KvmsnapdError: a directory or the metrics port cannot be used.
         """
+        # Blocked before any thread begins, which inherits it, signals stay with run(), which takes them one by one. A
+        # handler would run between any two steps of the main thread.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         self._config_path = config_path
         self._config = load_config(config_path)
         settings = self._config.settings
@@ -111,8 +116,6 @@ class Daemon:
         self._failures: dict[str, _Failures] = {}
         self._thawing: threading.Thread | None = None
         self._missed: dict[str, datetime] = {}
-        self._signals: list[int] = []
-        self._signalled = threading.Event()
         self._stopping = False
         self._tick_wanted = threading.Event()
         self.server = (
@@ -127,25 +130,15 @@ class Daemon:
         )
 
     def run(self) -> int:
-        """Work until SIGTERM or SIGINT; SIGHUP reloads the configuration. Return the exit code.
-
-        Must be called from the main thread, which alone receives signals.
-        """
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, self._on_signal)
+        """Work until SIGTERM or SIGINT; SIGHUP reloads. Return the exit code, 1 if a run did not end in time."""
         self._publish_config(self._config)
         self._publish(DaemonStarted(uri=self._uri, metrics=self.server.url if self.server else None))
         self._scheduler.start()
         ticking = threading.Thread(target=self._tick_forever, name="tick", daemon=True)
         ticking.start()
-        while not self._stopping:
-            self._signalled.wait()
-            self._signalled.clear()
-            while self._signals:
-                if self._signals.pop(0) == signal.SIGHUP:
-                    self._reload()
-                else:
-                    self._stopping = True
+        while signal.sigwait(_SIGNALS) == signal.SIGHUP:
+            self._reload()
+        self._stopping = True
         self._tick_wanted.set()
         ended = self._scheduler.stop(DRAIN)
         if self.server:
@@ -163,10 +156,6 @@ class Daemon:
             config_loaded_at=self._config_loaded_at,
             attempts=dict(self._attempts),
         )
-
-    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        self._signals.append(number)
-        self._signalled.set()
 
     def _publish(self, event: Event) -> None:
         """Hand one event to everybody who wants it."""

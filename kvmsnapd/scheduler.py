@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -59,13 +58,42 @@ class _SlotTrigger(BaseTrigger):  # type: ignore[misc]  # APScheduler has no typ
 class _Pool(ThreadPoolExecutor):  # type: ignore[misc]
     """APScheduler's pool, telling when a job is queued and not only when it begins to run."""
 
-    def __init__(self, workers: int, on_queued: Callable[[str], None]) -> None:
+    def __init__(self, workers: int, active: _Active) -> None:
         super().__init__(workers)
-        self._on_queued = on_queued
+        self._active = active
 
     def _do_submit_job(self, job: Any, run_times: list[datetime]) -> None:  # noqa: ANN401
-        self._on_queued(job.id)
-        super()._do_submit_job(job, run_times)
+        self._active.add(job.id)
+        try:
+            super()._do_submit_job(job, run_times)
+        except BaseException:  # the pool is being shut down
+            self._active.discard(job.id)
+            raise
+
+
+class _Active:
+    """The keys of the pairs whose runs are queued or going on."""
+
+    def __init__(self) -> None:
+        self._keys: set[str] = set()
+        self._changed = threading.Condition()
+
+    def add(self, key: str) -> None:
+        with self._changed:
+            self._keys.add(key)
+
+    def discard(self, key: str) -> None:
+        with self._changed:
+            self._keys.discard(key)
+            self._changed.notify_all()
+
+    def keys(self) -> frozenset[str]:
+        with self._changed:
+            return frozenset(self._keys)
+
+    def wait_until_none(self, timeout: timedelta) -> bool:
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._keys, timeout.total_seconds())
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,12 +128,11 @@ class JobScheduler:
         """Prepare; nothing runs before :meth:`start`."""
         self._run = run
         self._jobs: dict[str, tuple[Policy, timedelta, Any]] = {}
-        self._active: set[str] = set()
-        self._idle = threading.Condition()
+        self._active = _Active()
         self._stopping = False
         self._scheduler = BackgroundScheduler(
             timezone=UTC,
-            executors={"default": _Pool(workers, self._queued)},
+            executors={"default": _Pool(workers, self._active)},
             # A late run is still wanted (the default drops it after one second), and once is enough.
             job_defaults={"misfire_grace_time": None, "coalesce": True, "max_instances": 1},
         )
@@ -120,7 +147,10 @@ class JobScheduler:
         A job whose time was moved, because its run failed or the clock was stepped, is only re-timed and counts as
         unchanged.
         """
+        if self._stopping:
+            return JobChanges()
         added = changed = removed = 0
+        active = self._active.keys()
         for key in self._jobs.keys() - wanted.keys():
             self._scheduler.remove_job(key)
             del self._jobs[key]
@@ -138,27 +168,20 @@ class JobScheduler:
                 )
                 self._jobs[key] = (want.policy, want.splay, job)
                 added, changed = added + (known is None), changed + (known is not None)
-            elif known[2].next_run_time != want.run_at and key not in self._active:
+            elif known[2].next_run_time != want.run_at and key not in active:
                 self._scheduler.modify_job(key, next_run_time=want.run_at)
         return JobChanges(added, changed, removed)
 
     def active(self) -> frozenset[str]:
         """Return the keys of the pairs whose runs are queued or going on."""
-        with self._idle:
-            return frozenset(self._active)
+        return self._active.keys()
 
     def stop(self, timeout: timedelta) -> bool:
         """Start nothing more and wait for runs that are going on; return whether all of them ended in time."""
         self._stopping = True
         # Never with wait=True: it holds a lock of the scheduler while it joins the pool.
         self._scheduler.shutdown(wait=False)
-        deadline = time.monotonic() + timeout.total_seconds()
-        with self._idle:
-            return self._idle.wait_for(lambda: not self._active, timeout=deadline - time.monotonic())
-
-    def _queued(self, key: str) -> None:
-        with self._idle:
-            self._active.add(key)
+        return self._active.wait_until_none(timeout)
 
     def _guarded(self, key: str) -> None:
         """Run one pair on a pool thread, unless we are stopping, and keep account of it."""
@@ -168,6 +191,4 @@ class JobScheduler:
         except Exception:
             logging.getLogger(__name__).exception("run of %s ended in an unforeseen error", key)
         finally:
-            with self._idle:
-                self._active.discard(key)
-                self._idle.notify_all()
+            self._active.discard(key)

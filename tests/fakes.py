@@ -33,8 +33,8 @@ def a_domain(name: str = "web1", **changes: object) -> Domain:
 class FakeHypervisor:
     """Domains in memory. ``before`` holds, per operation, what is to go wrong at its next calls.
 
-    A function in ``before["take_snapshot"]`` runs at the beginning of that call: it may raise, to fail the call, or change
-    the fake, to have a person interfere. Each is used once.
+    A function in ``before["take_snapshot"]`` runs at the beginning of that call: it may raise, to fail the call, or
+    change the fake, to have a person interfere. Each is used once.
     """
 
     domains: dict[str, Domain] = field(default_factory=dict)

@@ -1,0 +1,141 @@
+"""Policies: which domain gets which."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvmsnapd.policy import Assignment, Coverage, Policy, assign, is_pattern, literal_length, missing_domains
+from tests.unit.builders import OTHER_UUID, UUID, a_policy, an_inventory
+
+HOURLY, DAILY = a_policy("hourly"), a_policy("daily", schedule="daily")
+
+
+def assign_one(
+    selectors: dict[str, tuple[Policy, ...]], *, name: str = "web-1", uuid: str = UUID
+) -> tuple[Coverage, list[str], tuple[str, ...]]:
+    """Return how one domain is covered, the names of its policies, and the patterns that decided."""
+    (found,) = assign(selectors, [an_inventory(name=name, uuid=uuid)])
+    return found.coverage, [policy.name for policy in found.policies], found.patterns
+
+
+def test_a_domain_is_matched_by_its_name() -> None:
+    assert assign_one({"web-1": (HOURLY,)}) == (Coverage.PROTECTED, ["hourly"], ("web-1",))
+
+
+def test_a_domain_is_matched_by_its_uuid() -> None:
+    assert assign_one({UUID: (HOURLY,)}) == (Coverage.PROTECTED, ["hourly"], (UUID,))
+
+
+def test_a_domain_is_matched_by_its_uuid_in_capitals() -> None:
+    uuid = "abcdefab-2222-3333-4444-555555555555"
+    assert assign_one({uuid.upper(): (HOURLY,)}, uuid=uuid)[:2] == (Coverage.PROTECTED, ["hourly"])
+
+
+def test_a_domain_gets_all_policies_of_its_entry_in_their_order() -> None:
+    assert assign_one({"web-1": (DAILY, HOURLY)})[1] == ["daily", "hourly"]
+
+
+def test_a_name_beats_every_pattern() -> None:
+    selectors = {"web-?": (HOURLY,), "web-1": (DAILY,), "*": (HOURLY,)}
+    assert assign_one(selectors) == (Coverage.PROTECTED, ["daily"], ("web-1",))
+
+
+def test_a_uuid_beats_every_pattern() -> None:
+    assert assign_one({"web-*": (HOURLY,), UUID: (DAILY,)})[1] == ["daily"]
+
+
+def test_a_name_beats_the_uuid() -> None:
+    assert assign_one({UUID: (HOURLY,), "web-1": (DAILY,)})[1] == ["daily"]
+
+
+def test_of_patterns_the_most_specific_wins() -> None:
+    selectors = {"*": (HOURLY,), "web-*": (DAILY,), "w*": (HOURLY,)}
+    assert assign_one(selectors) == (Coverage.PROTECTED, ["daily"], ("web-*",))
+
+
+def test_only_that_entry_counts_and_others_are_not_merged() -> None:
+    assert assign_one({"web-*": (HOURLY,), "*": (DAILY,)})[1] == ["hourly"]
+
+
+def test_two_equally_specific_patterns_that_disagree_leave_the_domain_ambiguous() -> None:
+    selectors = {"web-*": (HOURLY,), "*eb-1": (DAILY,), "*": (HOURLY,)}
+    assert assign_one(selectors) == (Coverage.AMBIGUOUS, [], ("*eb-1", "web-*"))
+
+
+def test_two_equally_specific_patterns_that_agree_are_fine() -> None:
+    assert assign_one({"web-*": (HOURLY,), "*eb-1": (HOURLY,)})[:2] == (Coverage.PROTECTED, ["hourly"])
+
+
+def test_a_pattern_for_nothing_on_purpose_disagrees_with_a_policy() -> None:
+    assert assign_one({"web-*": (), "*eb-1": (HOURLY,)})[0] is Coverage.AMBIGUOUS
+
+
+def test_less_specific_patterns_that_disagree_do_not_matter() -> None:
+    assert assign_one({"web-1*": (HOURLY,), "web-*": (HOURLY,), "*eb-1": (DAILY,)})[1] == ["hourly"]
+
+
+def test_an_empty_list_is_unprotected_on_purpose() -> None:
+    assert assign_one({"web-*": ()}) == (Coverage.UNPROTECTED_ON_PURPOSE, [], ("web-*",))
+
+
+def test_an_empty_list_for_a_name_takes_it_out_of_a_pattern() -> None:
+    assert assign_one({"web-*": (HOURLY,), "web-1": ()})[0] is Coverage.UNPROTECTED_ON_PURPOSE
+
+
+def test_a_domain_that_fits_nothing_is_unmatched() -> None:
+    assert assign_one({"db*": (HOURLY,)}) == (Coverage.UNMATCHED, [], ())
+
+
+def test_patterns_mind_capitals() -> None:
+    assert assign_one({"WEB-*": (HOURLY,)})[0] is Coverage.UNMATCHED
+
+
+def test_a_pattern_does_not_match_uuids() -> None:
+    assert assign_one({"1111*": (HOURLY,)})[0] is Coverage.UNMATCHED
+
+
+def test_a_class_matches_one_of_its_characters() -> None:
+    assert assign_one({"web-[12]": (HOURLY,)})[0] is Coverage.PROTECTED
+    assert assign_one({"web-[!12]": (HOURLY,)})[0] is Coverage.UNMATCHED
+
+
+def test_a_domain_whose_name_looks_like_a_pattern_is_matched_by_that_name() -> None:
+    assert assign_one({"vm[1]": (HOURLY,)}, name="vm[1]")[0] is Coverage.PROTECTED
+
+
+def test_assignments_come_in_the_order_of_the_domains() -> None:
+    domains = [an_inventory(name="b"), an_inventory(name="a", uuid=OTHER_UUID)]
+    assert assign({"a": (HOURLY,)}, domains) == (
+        Assignment(UUID, "b", Coverage.UNMATCHED),
+        Assignment(OTHER_UUID, "a", Coverage.PROTECTED, (HOURLY,), ("a",)),
+    )
+
+
+@pytest.mark.parametrize(
+    ("glob", "length"),
+    [
+        ("*", 0),
+        ("web-*", 4),
+        ("web-?", 4),
+        ("web-[0-9]", 4),
+        ("web-[!0-9]x", 5),
+        ("web-[]x]", 4),  # a bracket that comes first belongs to the class
+    ],
+)
+def test_a_pattern_is_as_specific_as_the_characters_it_fixes(glob: str, length: int) -> None:
+    assert literal_length(glob) == length
+
+
+@pytest.mark.parametrize(("selector", "pattern"), [("web-1", False), ("web-*", True), ("web?", True), ("[ab]", True)])
+def test_a_selector_with_a_glob_character_is_a_pattern(selector: str, pattern: bool) -> None:
+    assert is_pattern(selector) is pattern
+
+
+def test_a_name_that_no_domain_has_is_missing() -> None:
+    selectors = ["web-1", "db01", "old-*", UUID, OTHER_UUID]
+    assert missing_domains(selectors, [an_inventory(name="web-1")]) == ("db01", OTHER_UUID)
+
+
+def test_splay_is_the_policys_and_the_domains_own() -> None:
+    policy = a_policy(splay="5m")
+    assert policy.splay_of(UUID) == policy.splay_of(UUID) != policy.splay_of(OTHER_UUID)
