@@ -34,7 +34,9 @@ def check_config(arguments: argparse.Namespace) -> int:
             print(f"warning: {warning}")
         for finding in findings:
             print(f"finding: {finding}")
-        print(f"{config.path}: valid; {len(config.policies)} policies, {len(config.selectors)} entries under domains")
+        policies, entries = len(config.policies), len(config.selectors)
+        counted = f"{policies} polic{'y' if policies == 1 else 'ies'}, {entries} entr{'y' if entries == 1 else 'ies'}"
+        print(f"{config.path}: valid; {counted} under domains")
         for policy in config.policies.values():
             print(f"  {policy.name}: {policy.schedule}, keep {policy.keep}, {policy.kind}, {policy.timezone}")
     return 1 if findings else 0

@@ -64,6 +64,7 @@ Duration = Annotated[
     PlainSerializer(format_duration),
     WithJsonSchema({"type": "string", "pattern": DURATION_PATTERN}),
 ]
+Within = Annotated[Duration, BeforeValidator(_within)]
 Count = Annotated[
     int,
     BeforeValidator(_count),
@@ -94,7 +95,7 @@ class KeepSettings(_Section):
     """The newest snapshot of each of this many months that have one."""
     yearly: Count | None = None
     """The newest snapshot of each of this many years that have one."""
-    within: Annotated[timedelta, BeforeValidator(_within)] | None = None
+    within: Within | None = None
     """All snapshots younger than this, measured from the newest one."""
 
     def rules(self) -> KeepRules:
@@ -169,10 +170,12 @@ class Settings(BaseSettings):
     domains: dict[str, list[str]] = Field(default_factory=dict)
     """Names, UUIDs or glob patterns of domains, each with the policies they get; [] is unprotected on purpose."""
     metrics: MetricsSettings = Field(default_factory=MetricsSettings)
-    """The Prometheus endpoint."""
+    """Where Prometheus finds the metrics."""
     log: LogSettings = Field(default_factory=LogSettings)
     """Logging."""
-    tick: Annotated[Duration, Field(ge=timedelta(seconds=1), le=timedelta(minutes=10))] = timedelta(seconds=30)
+    tick: Annotated[Duration, Field(ge=timedelta(seconds=1), le=timedelta(minutes=10))] = Field(
+        default=timedelta(seconds=30), json_schema_extra={"default": "30s"}
+    )
     """How often all domains are looked at, whatever the schedules say."""
     workers: Annotated[Number, Field(ge=1, le=4)] = 4
     """How many domains are worked on at once."""

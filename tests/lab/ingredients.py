@@ -2,7 +2,7 @@
 
 The guest is a Debian kernel and an initramfs with busybox and the QEMU guest agent, nothing else, so that it
 is up within seconds under emulation. Its ingredients are Debian packages that are *unpacked* below the
-directory named in the environment variable `KVMSNAPD_UNPACKED` (by the `dev` script), not installed: a test
+directory named in the environment variable `LAB_UNPACKED` (by the `dev` script), not installed: a test
 must not change the host.
 
 Everything lands in a cache directory under a name that says what went in (a hash, or the disk's size). It is
@@ -29,7 +29,7 @@ from tests.lab.commands import LabError, run
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-UNPACKED_VARIABLE = "KVMSNAPD_UNPACKED"
+UNPACKED_VARIABLE = "LAB_UNPACKED"
 CACHE = Path(__file__).parents[2] / ".dev/guest"
 
 _INIT = Path(__file__).with_name("guest-init.sh")

@@ -64,14 +64,14 @@ stdio_handler = "file"
 def unpacked_programs(root: Path = Path("/")) -> str | None:
     """Return the folders, joined by colons, that stand in for a libvirtd not installed in `root`, or None.
 
-    They come from the `dev` script, which unpacks libvirt's daemon below `KVMSNAPD_UNPACKED` instead of
+    They come from the `dev` script, which unpacks libvirt's daemon below `LAB_UNPACKED` instead of
     installing it, because Debian 13 would start it. Raises LabError when it is in neither place.
     """
     if (root / "usr/sbin/libvirtd").exists():
         return None
-    packages = Path(os.environ.get("KVMSNAPD_UNPACKED", "/nonexistent"))
+    packages = Path(os.environ.get("LAB_UNPACKED", "/nonexistent"))
     if not list(packages.glob("libvirt-*/usr/sbin/libvirtd")):
-        msg = "libvirtd is neither installed nor unpacked below $KVMSNAPD_UNPACKED"
+        msg = "libvirtd is neither installed nor unpacked below $LAB_UNPACKED"
         raise LabError(msg)
     return ":".join(str(folder) for folder in sorted(packages.glob("libvirt-*/usr")))
 

@@ -1,0 +1,272 @@
+"""The scheduler: jobs follow what is wanted, run when due, never twice at once, and stop in order."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from kvmsnapd.schedule import Schedule
+from kvmsnapd.scheduler import JobChanges, JobScheduler, Wanted, retry_delay
+from tests.unit.builders import a_policy
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from kvmsnapd.policy import Policy
+
+SOON_ENOUGH = 10  # seconds until a test gives up
+PAST = datetime(2026, 1, 1, tzinfo=UTC)
+FUTURE = datetime(2126, 1, 1, tzinfo=UTC)
+YEARLY = a_policy(schedule="yearly")
+
+
+def wanted(run_at: datetime = FUTURE, policy: Policy = YEARLY, splay: timedelta = timedelta(0)) -> Wanted:
+    return Wanted(policy, splay, run_at)
+
+
+class Bench:
+    """A scheduler whose runs block until they are released, and which tells what it does."""
+
+    def __init__(self, *, workers: int = 1) -> None:
+        self.started: dict[str, threading.Event] = {key: threading.Event() for key in "abc"}
+        self.queued: dict[str, threading.Event] = {key: threading.Event() for key in "abc"}
+        self.release = threading.Event()
+        self.runs: list[str] = []
+        bench = self
+
+        class Watched(JobScheduler):
+            def _queued(self, key: str) -> None:
+                super()._queued(key)
+                bench.queued[key].set()
+
+        self.scheduler = Watched(self._run, workers=workers)
+
+    def _run(self, key: str) -> None:
+        self.runs.append(key)
+        self.started[key].set()
+        assert self.release.wait(SOON_ENOUGH)
+
+    def start(self, key: str, **others: Wanted) -> None:
+        """Make one job due and wait until its run goes on."""
+        self.scheduler.sync({key: wanted(PAST), **others})
+        assert self.started[key].wait(SOON_ENOUGH)
+
+    def job(self, key: str) -> Any:
+        """Return APScheduler's own job."""
+        return self.scheduler._jobs[key][2]
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    """Provide a started scheduler with one worker."""
+    bench = Bench()
+    bench.scheduler.start()
+    yield bench
+    bench.release.set()
+    if bench.scheduler._scheduler.running:
+        bench.scheduler.stop(timedelta(seconds=SOON_ENOUGH))
+
+
+# Retries
+
+
+@pytest.mark.parametrize(
+    ("failures", "minutes"), [(1, 1), (2, 2), (3, 4), (4, 8), (5, 15), (6, 15), (1000, 15), (10**9, 15)]
+)
+def test_a_retry_waits_a_minute_doubling_to_a_quarter_of_an_hour(failures: int, minutes: int) -> None:
+    assert retry_delay(failures, timedelta(days=1)) == timedelta(minutes=minutes)
+
+
+def test_a_retry_never_waits_longer_than_half_the_interval() -> None:
+    assert retry_delay(5, timedelta(minutes=10)) == timedelta(minutes=5)
+
+
+def test_a_retry_waits_a_second_at_least() -> None:
+    assert retry_delay(1, timedelta(seconds=1)) == timedelta(seconds=1)
+
+
+# Sync
+
+
+def test_jobs_follow_what_is_wanted(bench: Bench) -> None:
+    assert bench.scheduler.sync({"a": wanted(), "b": wanted()}) == JobChanges(added=2)
+    assert bench.scheduler.sync({"a": wanted(), "c": wanted()}) == JobChanges(added=1, removed=1)
+    assert {job.id for job in bench.scheduler._scheduler.get_jobs()} == {"a", "c"}
+
+
+def test_a_job_that_is_as_wanted_is_not_touched(bench: Bench) -> None:
+    bench.scheduler.sync({"a": wanted(), "b": wanted()})
+    job = bench.job("a")
+    changes = bench.scheduler.sync({"a": wanted(policy=a_policy(schedule="yearly")), "b": wanted()})
+    assert not changes
+    assert bench.job("a") is job
+    assert job.next_run_time == FUTURE
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        wanted(policy=a_policy(schedule="monthly")),
+        wanted(policy=a_policy(schedule="yearly", keep="last=4")),
+        wanted(splay=timedelta(seconds=1)),
+    ],
+    ids=["schedule", "keep", "splay"],
+)
+def test_only_a_job_that_differs_is_replaced(bench: Bench, change: Wanted) -> None:
+    bench.scheduler.sync({"a": wanted(), "b": wanted()})
+    other = bench.job("b")
+    assert bench.scheduler.sync({"a": change, "b": wanted()}) == JobChanges(changed=1)
+    assert bench.job("b") is other
+    assert bench.scheduler._jobs["a"][:2] == (change.policy, change.splay)
+
+
+def test_a_job_that_is_only_retimed_counts_as_unchanged(bench: Bench) -> None:
+    bench.scheduler.sync({"a": wanted()})
+    later = FUTURE + timedelta(hours=1)
+    assert not bench.scheduler.sync({"a": wanted(later)})
+    assert bench.job("a").next_run_time == later
+
+
+def test_nothing_changed_is_false() -> None:
+    assert not JobChanges()
+    assert JobChanges(changed=1)
+
+
+# Runs
+
+
+def test_a_job_that_is_due_runs(bench: Bench) -> None:
+    bench.start("a")
+    assert bench.runs == ["a"]
+    assert bench.scheduler.active() == {"a"}
+
+
+def test_a_job_that_is_not_due_does_not_run(bench: Bench) -> None:
+    bench.start("a", b=wanted())
+    assert bench.runs == ["a"]
+    assert bench.scheduler.active() == {"a"}
+
+
+def test_after_a_run_the_job_waits_for_its_next_slot_and_splay(bench: Bench) -> None:
+    splay = timedelta(minutes=7)
+    bench.scheduler.sync({"a": wanted(PAST, splay=splay)})
+    assert bench.started["a"].wait(SOON_ENOUGH)
+    assert bench.job("a").next_run_time == YEARLY.schedule.next_slot(datetime.now(UTC)) + splay
+
+
+def test_a_due_job_runs_once_though_it_is_wanted_again_while_queued(bench: Bench) -> None:
+    bench.start("a")
+    both = {"a": wanted(PAST), "b": wanted(PAST)}
+    bench.scheduler.sync(both)
+    assert bench.queued["b"].wait(SOON_ENOUGH)
+    assert bench.scheduler.active() == {"a", "b"}
+    for _ in range(3):
+        assert not bench.scheduler.sync(both)
+    assert bench.job("b").next_run_time > PAST
+    bench.release.set()
+    assert bench.started["b"].wait(SOON_ENOUGH)
+    assert bench.scheduler.stop(timedelta(seconds=SOON_ENOUGH))
+    assert bench.runs == ["a", "b"]
+
+
+def test_a_run_that_goes_on_is_not_begun_a_second_time() -> None:
+    bench = Bench(workers=2)
+    bench.scheduler.start()
+    bench.start("a")
+    bench.scheduler.sync({"a": wanted(PAST)})
+    bench.scheduler.sync({"a": wanted(PAST), "b": wanted(PAST)})
+    # The second worker was free all the time, and b comes after any second run of a.
+    assert bench.started["b"].wait(SOON_ENOUGH)
+    assert bench.runs == ["a", "b"]
+    bench.release.set()
+    assert bench.scheduler.stop(timedelta(seconds=SOON_ENOUGH))
+
+
+def test_a_job_that_fails_is_logged_and_the_others_go_on(caplog: pytest.LogCaptureFixture) -> None:
+    second_ran = threading.Event()
+
+    def run(key: str) -> None:
+        if key == "a":
+            raise RuntimeError(key)
+        second_ran.set()
+
+    scheduler = JobScheduler(run, workers=1)
+    scheduler.start()
+    scheduler.sync({"a": wanted(PAST)})
+    scheduler.sync({"a": wanted(), "b": wanted(PAST)})
+    assert second_ran.wait(SOON_ENOUGH)
+    assert scheduler.stop(timedelta(seconds=SOON_ENOUGH))
+    assert "run of a ended in an unforeseen error" in caplog.messages
+    assert scheduler.active() == frozenset()
+
+
+def test_a_schedule_that_fails_is_logged_and_tried_again_in_an_hour(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = replace(YEARLY, schedule=Schedule("broken", YEARLY.timezone, cron="not cron"))
+    before = datetime.now(UTC)
+    bench.scheduler.sync({"a": wanted(PAST, policy=broken)})
+    assert bench.started["a"].wait(SOON_ENOUGH)
+    assert bench.job("a").next_run_time >= before + timedelta(hours=1)
+    assert "next slot of policy standard" in caplog.messages
+
+
+def test_apscheduler_logs_no_missed_or_doubled_run(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="apscheduler"):
+        bench.start("a")
+        for _ in range(3):
+            bench.scheduler.sync({"a": wanted(PAST), "b": wanted(PAST)})
+        assert bench.queued["b"].wait(SOON_ENOUGH)
+    assert caplog.messages == []
+
+
+# Stop
+
+
+def stop_in_order(bench: Bench, *, release: Callable[[], None]) -> bool:
+    """Stop, and release the running job once nothing new can be started."""
+    shut = threading.Event()
+    original = bench.scheduler._scheduler.shutdown
+
+    def shutdown(*, wait: bool) -> None:
+        original(wait=wait)
+        shut.set()
+
+    bench.scheduler._scheduler.shutdown = shutdown
+    with ThreadPoolExecutor(1) as threads:
+        answer = threads.submit(bench.scheduler.stop, timedelta(seconds=SOON_ENOUGH))
+        assert shut.wait(SOON_ENOUGH)
+        assert not answer.done()
+        release()
+        return answer.result(SOON_ENOUGH)
+
+
+def test_stop_waits_for_a_run_that_goes_on(bench: Bench) -> None:
+    bench.start("a")
+    assert stop_in_order(bench, release=bench.release.set) is True
+    assert bench.scheduler.active() == frozenset()
+
+
+def test_stop_starts_nothing_more_not_even_what_is_queued(bench: Bench) -> None:
+    bench.start("a")
+    bench.scheduler.sync({"a": wanted(PAST), "b": wanted(PAST)})
+    assert bench.queued["b"].wait(SOON_ENOUGH)
+    assert stop_in_order(bench, release=bench.release.set) is True
+    assert bench.runs == ["a"]
+
+
+def test_stop_gives_up_waiting_and_says_so(bench: Bench) -> None:
+    bench.start("a")
+    assert bench.scheduler.stop(timedelta(0)) is False
+    assert bench.scheduler.active() == {"a"}
+
+
+def test_stop_with_nothing_going_on_is_immediate(bench: Bench) -> None:
+    bench.scheduler.sync({"a": wanted()})
+    assert bench.scheduler.stop(timedelta(0)) is True

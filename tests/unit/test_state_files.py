@@ -1,0 +1,148 @@
+"""Locks and freeze intents: the small files outside libvirt."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import pytest
+
+from kvmsnapd.errors import DomainLockedError
+from kvmsnapd.state_files import DomainLocks, FreezeIntents
+from tests.unit.builders import OTHER_UUID, UUID
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+AT_ONCE, LONG = timedelta(0), timedelta(seconds=30)
+
+_HOLDER = """
+import sys
+from datetime import timedelta
+from pathlib import Path
+from kvmsnapd.state_files import DomainLocks
+with DomainLocks(Path(sys.argv[1])).hold(sys.argv[2], wait=timedelta(0)):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextmanager
+def another_process_holds(directory: Path, uuid: str) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-c", _HOLDER, str(directory), uuid]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "held\n"
+            yield process
+        finally:
+            process.kill()
+
+
+def test_a_lock_excludes_another_process_and_names_it(tmp_path: Path) -> None:
+    locks = DomainLocks(tmp_path)
+    with (
+        another_process_holds(tmp_path, UUID) as process,
+        pytest.raises(DomainLockedError, match=rf"being worked on by process {process.pid}; nothing was done"),
+        locks.hold(UUID, wait=AT_ONCE),
+    ):
+        pass
+
+
+def test_a_lock_is_freed_when_its_process_is_killed(tmp_path: Path) -> None:
+    with another_process_holds(tmp_path, UUID) as process:
+        process.kill()
+        process.wait()
+        with DomainLocks(tmp_path).hold(UUID, wait=AT_ONCE):
+            pass
+
+
+def test_a_lock_is_freed_at_the_end_of_the_block(tmp_path: Path) -> None:
+    locks = DomainLocks(tmp_path)
+    for _ in range(2):
+        with locks.hold(UUID, wait=AT_ONCE):
+            pass
+
+
+def test_a_lock_is_freed_when_the_block_fails(tmp_path: Path) -> None:
+    locks = DomainLocks(tmp_path)
+    with pytest.raises(KeyError), locks.hold(UUID, wait=AT_ONCE):
+        raise KeyError
+    with locks.hold(UUID, wait=AT_ONCE):
+        pass
+
+
+def test_threads_of_one_process_exclude_each_other(tmp_path: Path) -> None:
+    with (
+        DomainLocks(tmp_path).hold(UUID, wait=AT_ONCE),
+        pytest.raises(DomainLockedError),
+        DomainLocks(tmp_path).hold(UUID, wait=AT_ONCE),
+    ):
+        pass
+
+
+def test_domains_do_not_exclude_each_other(tmp_path: Path) -> None:
+    locks = DomainLocks(tmp_path)
+    with locks.hold(UUID, wait=AT_ONCE), locks.hold(OTHER_UUID, wait=AT_ONCE):
+        pass
+
+
+def test_whoever_waits_gets_the_lock_once_it_is_free(tmp_path: Path) -> None:
+    locks = DomainLocks(tmp_path)
+    got_it = threading.Event()
+
+    def wait_for_it() -> None:
+        with locks.hold(UUID, wait=LONG):
+            got_it.set()
+
+    waiting = threading.Thread(target=wait_for_it)
+    with locks.hold(UUID, wait=AT_ONCE):
+        waiting.start()
+        assert not got_it.is_set()
+    waiting.join(timeout=10)
+    assert got_it.is_set()
+
+
+def test_the_directory_of_locks_is_made(tmp_path: Path) -> None:
+    with DomainLocks(tmp_path / "run" / "locks").hold(UUID, wait=AT_ONCE):
+        pass
+    assert [path.name for path in (tmp_path / "run" / "locks").iterdir()] == [f"{UUID}.lock"]
+
+
+def test_an_intent_is_new_once(tmp_path: Path) -> None:
+    intents = FreezeIntents(tmp_path)
+    assert not intents.exists(UUID)
+    assert intents.record(UUID) is True
+    assert intents.record(UUID) is False
+    assert intents.exists(UUID)
+
+
+def test_intents_survive_their_process(tmp_path: Path) -> None:
+    FreezeIntents(tmp_path / "frozen").record(UUID)
+    FreezeIntents(tmp_path / "frozen").record(OTHER_UUID)
+    again = FreezeIntents(tmp_path / "frozen")
+    assert again.outstanding() == [UUID, OTHER_UUID]
+    assert again.exists(UUID)
+
+
+def test_a_cleared_intent_is_gone(tmp_path: Path) -> None:
+    intents = FreezeIntents(tmp_path)
+    intents.record(UUID)
+    intents.record(OTHER_UUID)
+    intents.clear(UUID)
+    assert intents.outstanding() == [OTHER_UUID]
+    assert intents.record(UUID) is True
+
+
+def test_clearing_what_is_not_there_is_no_error(tmp_path: Path) -> None:
+    FreezeIntents(tmp_path).clear(UUID)
+
+
+def test_other_files_are_no_intents(tmp_path: Path) -> None:
+    (tmp_path / "README").touch()
+    assert FreezeIntents(tmp_path).outstanding() == []
