@@ -18,15 +18,35 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-@contextmanager
-def a_server(*, ready: bool = True, port: int = 0) -> Iterator[MetricsServer]:
+class Readiness:
+    """What the daemon would answer when it is asked whether it is ready."""
+
+    ready = True
+
+    def __call__(self) -> bool:
+        return self.ready
+
+
+readiness = Readiness()
+
+
+def start(port: int = 0) -> MetricsServer:
     registry = CollectorRegistry()
     Gauge("answer", "The answer.", registry=registry).set(42)
-    server = MetricsServer(registry, listen="127.0.0.1", port=port, ready=lambda: ready)
-    try:
-        yield server
-    finally:
-        server.close()
+    return MetricsServer(registry, listen="127.0.0.1", port=port, ready=readiness)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[MetricsServer]:
+    """Provide one server for all tests, since each takes half a second to close."""
+    server = start()
+    yield server
+    server.close()
+
+
+@pytest.fixture(autouse=True)
+def _ready() -> None:
+    readiness.ready = True
 
 
 def port_of(server: MetricsServer) -> int:
@@ -45,65 +65,56 @@ def ask(server: MetricsServer, path: str, method: str = "GET") -> tuple[int, str
         connection.close()
 
 
-def test_metrics_are_at_slash_metrics() -> None:
-    with a_server() as server:
-        status, text, headers = ask(server, "/metrics")
+def test_metrics_are_at_slash_metrics(server: MetricsServer) -> None:
+    status, text, headers = ask(server, "/metrics")
     assert status == 200
     assert "answer 42.0\n" in text
     assert headers["Content-Type"].startswith("text/plain")
 
 
-def test_a_query_does_not_matter() -> None:
-    with a_server() as server:
-        assert ask(server, "/metrics?x=1")[0] == 200
+def test_a_query_does_not_matter(server: MetricsServer) -> None:
+    assert ask(server, "/metrics?x=1")[0] == 200
 
 
-def test_a_living_daemon_is_healthy_before_it_is_ready() -> None:
-    with a_server(ready=False) as server:
-        assert ask(server, "/-/healthy")[:2] == (200, "ok\n")
+def test_a_living_daemon_is_healthy_before_it_is_ready(server: MetricsServer) -> None:
+    readiness.ready = False
+    assert ask(server, "/-/healthy")[:2] == (200, "ok\n")
 
 
-def test_ready_says_so_once_libvirt_has_answered() -> None:
-    with a_server(ready=True) as server:
-        assert ask(server, "/-/ready")[:2] == (200, "ok\n")
+def test_ready_says_so_once_libvirt_has_answered(server: MetricsServer) -> None:
+    assert ask(server, "/-/ready")[:2] == (200, "ok\n")
 
 
-def test_not_ready_is_503_with_the_reason() -> None:
-    with a_server(ready=False) as server:
-        assert ask(server, "/-/ready")[:2] == (503, "libvirt has not answered yet\n")
+def test_not_ready_is_503_with_the_reason(server: MetricsServer) -> None:
+    readiness.ready = False
+    assert ask(server, "/-/ready")[:2] == (503, "libvirt has not answered yet\n")
 
 
-def test_readiness_is_asked_anew_each_time() -> None:
-    answers = [True, False]
-    server = MetricsServer(CollectorRegistry(), listen="127.0.0.1", port=0, ready=lambda: answers.pop())
-    try:
-        assert [ask(server, "/-/ready")[0] for _ in range(2)] == [503, 200]
-    finally:
-        server.close()
+def test_readiness_is_asked_anew_each_time(server: MetricsServer) -> None:
+    readiness.ready = False
+    assert ask(server, "/-/ready")[0] == 503
+    readiness.ready = True
+    assert ask(server, "/-/ready")[0] == 200
 
 
 @pytest.mark.parametrize("path", ["/", "/metric", "/metrics/", "/-/reload", "/favicon.ico"])
-def test_any_other_path_is_404_and_tells_where_metrics_are(path: str) -> None:
-    with a_server() as server:
-        assert ask(server, path)[:2] == (404, "not found; metrics are at /metrics\n")
+def test_any_other_path_is_404_and_tells_where_metrics_are(server: MetricsServer, path: str) -> None:
+    assert ask(server, path)[:2] == (404, "not found; metrics are at /metrics\n")
 
 
 @pytest.mark.parametrize("path", ["/metrics", "/-/healthy", "/-/ready"])
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE"])
-def test_any_method_that_would_change_something_is_405(method: str, path: str) -> None:
-    with a_server() as server:
-        assert ask(server, path, method)[0] == 405
+def test_any_method_that_would_change_something_is_405(server: MetricsServer, method: str, path: str) -> None:
+    assert ask(server, path, method)[0] == 405
 
 
-def test_405_names_the_allowed_methods() -> None:
-    with a_server() as server:
-        assert "GET" in (ask(server, "/metrics", "POST")[2]["Allow"] or "")
+def test_405_names_the_allowed_methods(server: MetricsServer) -> None:
+    assert "GET" in (ask(server, "/metrics", "POST")[2]["Allow"] or "")
 
 
 @pytest.mark.parametrize("path", ["/metrics", "/-/healthy", "/-/ready"])
-def test_head_is_answered_like_get_without_the_text(path: str) -> None:
-    with a_server() as server:
-        assert ask(server, path, "HEAD")[:2] == (200, "")
+def test_head_is_answered_like_get_without_the_text(server: MetricsServer, path: str) -> None:
+    assert ask(server, path, "HEAD")[:2] == (200, "")
 
 
 def test_a_client_that_says_nothing_does_not_hold_up_others() -> None:
@@ -111,9 +122,8 @@ def test_a_client_that_says_nothing_does_not_hold_up_others() -> None:
         assert ask(server, "/metrics")[0] == 200
 
 
-def test_scrapes_are_not_logged(capfd: pytest.CaptureFixture[str]) -> None:
-    with a_server() as server:
-        ask(server, "/metrics")
+def test_scrapes_are_not_logged(server: MetricsServer, capfd: pytest.CaptureFixture[str]) -> None:
+    ask(server, "/metrics")
         ask(server, "/nowhere")
     assert capfd.readouterr() == ("", "")
 
@@ -124,9 +134,8 @@ def test_port_0_chooses_a_free_one_and_the_url_names_it() -> None:
         assert one.url == f"http://127.0.0.1:{port_of(one)}/metrics"
 
 
-def test_a_closed_server_gives_its_port_back() -> None:
-    with a_server() as server:
-        port = port_of(server)
+def test_a_closed_server_gives_its_port_back(server: MetricsServer) -> None:
+    port = port_of(server)
     with a_server(port=port) as server:
         assert ask(server, "/metrics")[0] == 200
 

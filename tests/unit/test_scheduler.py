@@ -10,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from apscheduler.events import EVENT_JOB_SUBMITTED
 
 from kvmsnapd.schedule import Schedule
 from kvmsnapd.scheduler import JobChanges, JobScheduler, Wanted, retry_delay
@@ -38,14 +39,8 @@ class Bench:
         self.queued: dict[str, threading.Event] = {key: threading.Event() for key in "abc"}
         self.release = threading.Event()
         self.runs: list[str] = []
-        bench = self
-
-        class Watched(JobScheduler):
-            def _queued(self, key: str) -> None:
-                super()._queued(key)
-                bench.queued[key].set()
-
-        self.scheduler = Watched(self._run, workers=workers)
+        self.scheduler = JobScheduler(self._run, workers=workers)
+        self.scheduler._scheduler.add_listener(lambda event: self.queued[event.job_id].set(), EVENT_JOB_SUBMITTED)
 
     def _run(self, key: str) -> None:
         self.runs.append(key)
@@ -58,8 +53,8 @@ class Bench:
         assert self.started[key].wait(SOON_ENOUGH)
 
     def job(self, key: str) -> Any:
-        """Return APScheduler's own job."""
-        return self.scheduler._jobs[key][2]
+        """Return APScheduler's own job, once it is done with those that were due."""
+        return self.scheduler._scheduler.get_job(key)
 
 
 @pytest.fixture
@@ -189,16 +184,18 @@ def test_a_run_that_goes_on_is_not_begun_a_second_time() -> None:
 
 
 def test_a_job_that_fails_is_logged_and_the_others_go_on(caplog: pytest.LogCaptureFixture) -> None:
-    second_ran = threading.Event()
+    first_ran, second_ran = threading.Event(), threading.Event()
 
     def run(key: str) -> None:
         if key == "a":
+            first_ran.set()
             raise RuntimeError(key)
         second_ran.set()
 
     scheduler = JobScheduler(run, workers=1)
     scheduler.start()
     scheduler.sync({"a": wanted(PAST)})
+    assert first_ran.wait(SOON_ENOUGH)
     scheduler.sync({"a": wanted(), "b": wanted(PAST)})
     assert second_ran.wait(SOON_ENOUGH)
     assert scheduler.stop(timedelta(seconds=SOON_ENOUGH))
