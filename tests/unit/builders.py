@@ -52,7 +52,7 @@ def a_policy(
     timezone: str = "UTC",
     splay: str = "0s",
     max_age: str = "2h",
-    **fields: Any,
+    **fields: Any,  # noqa: ANN401  # whatever the class takes
 ) -> Policy:
     """Return an hourly policy that keeps three external snapshots."""
     zone = ZoneInfo(timezone)
@@ -105,18 +105,28 @@ def a_chain(*snapshots: Snapshot) -> tuple[Snapshot, ...]:
     return tuple(replace(snapshot, parent=parent) for snapshot, parent in zip(snapshots, parents, strict=False))
 
 
-def hourly_snapshots(count: int, *, last: str = "2026-11-22T11:00", **fields: Any) -> tuple[Snapshot, ...]:
+def hourly_snapshots(
+    count: int,
+    *,
+    last: str = "2026-11-22T11:00",
+    **fields: Any,  # noqa: ANN401  # whatever the class takes
+) -> tuple[Snapshot, ...]:
     """Return a line of snapshots of ours, one an hour, oldest first."""
     newest = at(last)
     return a_chain(*(a_snapshot(newest - timedelta(hours=count - 1 - n), **fields) for n in range(count)))
 
 
-def a_disk(target: str = "vda", **fields: Any) -> Disk:
+def a_disk(target: str = "vda", **fields: Any) -> Disk:  # noqa: ANN401  # whatever the class takes
     """Return a qcow2 file of the domain."""
     return Disk(target, **({"path": f"/images/web1-{target}.qcow2"} | fields))
 
 
-def a_domain(*snapshots: Snapshot, name: str = "web1", uuid: str = UUID, **fields: Any) -> Domain:
+def a_domain(
+    *snapshots: Snapshot,
+    name: str = "web1",
+    uuid: str = UUID,
+    **fields: Any,  # noqa: ANN401  # whatever the class takes
+) -> Domain:
     """Return a running domain with one disk and a connected guest agent."""
     values: dict[str, Any] = {"disks": (a_disk(),), "agent_connected": True}
     return Domain(uuid, name, snapshots, **(values | fields))

@@ -215,8 +215,10 @@ def test_an_unknown_key_in_the_environment_is_refused_with_its_variable(
 ) -> None:
     monkeypatch.setenv("KVMSNAPD_METRICS__PROT", "9000")
     assert problems(write("")) == [
-        "environment KVMSNAPD_METRICS__PROT: unknown key `prot`; did you mean `port`?; allowed are enabled, listen, "
-        "port"
+        (
+            "environment KVMSNAPD_METRICS__PROT: unknown key `prot`; did you mean `port`?; allowed are enabled, "
+            "listen, port"
+        )
     ]
 
 
@@ -268,8 +270,10 @@ domains:
 """
     )
     assert [warning.replace(str(path), path.name) for warning in load_config(path).warnings] == [
-        "kvmsnapd.yaml:5:3: domains.db01: the policies may keep 6 (short) + 10 (long) snapshots, and one more is there "
-        "while a new one is taken, but max_chain_depth is 16; takes are refused once the chain is full"
+        (
+            "kvmsnapd.yaml:5:3: domains.db01: the policies may keep 6 (short) + 10 (long) snapshots, and one more is "
+            "there while a new one is taken, but max_chain_depth is 16; takes are refused once the chain is full"
+        )
     ]
 
 

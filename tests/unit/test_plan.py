@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kvmsnapd.model import Consistency, DomainState, Hold, Kind
 from kvmsnapd.plan import Plan, due_for, judge, plan_run
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 DUE = "kvmsnapd-standard-20261122T120000Z"
 
 
-def plan(domain: Domain, policy: Policy | None = None, **keywords: Any) -> Plan:
-    return plan_run(domain, policy or a_policy(), ANY_LIBVIRT, now=NOW, **keywords)
+def plan(domain: Domain, policy: Policy | None = None, *, attempt: int = 1) -> Plan:
+    return plan_run(domain, policy or a_policy(), ANY_LIBVIRT, now=NOW, attempt=attempt)
 
 
 def test_a_due_slot_is_taken() -> None:

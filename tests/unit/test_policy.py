@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 
 from kvmsnapd.policy import Assignment, Coverage, Policy, assign, is_pattern, literal_length, missing_domains
 from tests.unit.builders import OTHER_UUID, UUID, a_policy, an_inventory
 
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
 HOURLY, DAILY = a_policy("hourly"), a_policy("daily", schedule="daily")
 
 
 def assign_one(
-    selectors: dict[str, tuple[Policy, ...]], *, name: str = "web-1", uuid: str = UUID
+    selectors: Mapping[str, tuple[Policy, ...]], *, name: str = "web-1", uuid: str = UUID
 ) -> tuple[Coverage, list[str], tuple[str, ...]]:
     """Return how one domain is covered, the names of its policies, and the patterns that decided."""
     (found,) = assign(selectors, [an_inventory(name=name, uuid=uuid)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import datetime
 from typing import Any
 
 import pytest
@@ -33,22 +32,23 @@ def answer(
     policy: Policy | None = None,
     capabilities: Capabilities = ANY_LIBVIRT,
     *,
-    slot: datetime = SLOT,
     attempt: int = 1,
 ) -> TakeRequest | Refusal:
-    return plan_take(domain, policy or a_policy(), capabilities, slot=slot, now=NOW, attempt=attempt)
+    return plan_take(domain, policy or a_policy(), capabilities, slot=SLOT, now=NOW, attempt=attempt)
 
 
-def request(*arguments: Any, **keywords: Any) -> TakeRequest:
+def request(
+    domain: Domain, policy: Policy | None = None, capabilities: Capabilities = ANY_LIBVIRT, *, attempt: int = 1
+) -> TakeRequest:
     """Return the request, or fail with the refusal."""
-    found = answer(*arguments, **keywords)
+    found = answer(domain, policy, capabilities, attempt=attempt)
     assert isinstance(found, TakeRequest), found
     return found
 
 
-def refusal(*arguments: Any, **keywords: Any) -> Refusal:
+def refusal(domain: Domain, policy: Policy | None = None, capabilities: Capabilities = ANY_LIBVIRT) -> Refusal:
     """Return the refusal, or fail with the request."""
-    found = answer(*arguments, **keywords)
+    found = answer(domain, policy, capabilities)
     assert isinstance(found, Refusal), found
     return found
 

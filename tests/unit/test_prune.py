@@ -99,8 +99,10 @@ def test_one_delete_more_than_the_fuse_allows_deletes_nothing() -> None:
     assert {(wait.reason, wait.detail) for wait in blocked} == {
         (
             BlockReason.FUSE,
-            "4 deletes at once are more than max_deletes_per_run: 3; look at `kvmsnapd plan web1` and raise the limit "
-            "if this is meant",
+            (
+                "4 deletes at once are more than max_deletes_per_run: 3; look at `kvmsnapd plan web1` and raise "
+                "the limit if this is meant"
+            ),
         )
     }
 

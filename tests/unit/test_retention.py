@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
+from typing import Any
 from zoneinfo import ZoneInfo
 
 import pytest
@@ -208,7 +209,7 @@ def test_zeros_alone_are_refused() -> None:
 
 
 @pytest.mark.parametrize("rules", [{"last": -1}, {"daily": -3, "last": 2}, {"within": timedelta(hours=-1)}])
-def test_a_negative_rule_is_refused(rules: dict[str, int]) -> None:
+def test_a_negative_rule_is_refused(rules: dict[str, Any]) -> None:
     with pytest.raises(InvalidValueError, match=r"^a keep rule cannot be negative$"):
         KeepRules(**rules)
 
@@ -225,13 +226,17 @@ def test_keep_rules_are_read_as_they_are_written_on_the_command_line() -> None:
         ("", "keep has no rule, so nothing would be kept: give at least one, such as last: 7"),
         (
             "daily",
-            "'daily' is no keep rule: write RULE=COUNT, with RULE one of "
-            "last, hourly, daily, weekly, monthly, yearly, within",
+            (
+                "'daily' is no keep rule: write RULE=COUNT, with RULE one of "
+                "last, hourly, daily, weekly, monthly, yearly, within"
+            ),
         ),
         (
             "dayly=7",
-            "'dayly=7' is no keep rule: write RULE=COUNT, with RULE one of "
-            "last, hourly, daily, weekly, monthly, yearly, within",
+            (
+                "'dayly=7' is no keep rule: write RULE=COUNT, with RULE one of "
+                "last, hourly, daily, weekly, monthly, yearly, within"
+            ),
         ),
         ("last=1 last=2", "keep rule 'last' is given twice"),
         (

@@ -52,7 +52,7 @@ class Bench:
         self.scheduler.sync({key: wanted(PAST), **others})
         assert self.started[key].wait(SOON_ENOUGH)
 
-    def job(self, key: str) -> Any:
+    def job(self, key: str) -> Any:  # noqa: ANN401  # APScheduler has no types
         """Return APScheduler's own job, once it is done with those that were due."""
         return self.scheduler._scheduler.get_job(key)
 
