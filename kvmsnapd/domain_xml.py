@@ -10,6 +10,7 @@ from kvmsnapd.model import Disk, Kind, Snapshot, TakeRequest
 from kvmsnapd.naming import format_description, parse_mark
 
 AGENT_CHANNEL = "org.qemu.guest_agent.0"
+_PFLASH = ("os[@firmware='efi']", "os/loader[@type='pflash']", "os/nvram")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,7 @@ def parse_domain(text: str) -> DomainDocument:
     channel = root.find(f"devices/channel/target[@name='{AGENT_CHANNEL}']")
     return DomainDocument(
         disks=tuple(_parse_disk(element) for element in root.iterfind("devices/disk")),
-        pflash=root.find("os/loader[@type='pflash']") is not None or root.find("os/nvram") is not None,
+        pflash=any(root.find(path) is not None for path in _PFLASH),
         agent_connected=channel is not None and channel.get("state") == "connected",
     )
 
@@ -62,8 +63,9 @@ def parse_snapshot(text: str) -> Snapshot:
     if memory is not None:
         modes.add(memory.get("snapshot", "no"))
     modes.discard("no")
-    # libvirt's test driver lists no disks for its snapshots, all of which are internal.
-    kind = Kind(modes.pop()) if len(modes) == 1 else Kind.MIXED if modes else Kind.INTERNAL
+    # libvirt's test driver lists no disks for its snapshots, all of which are internal. "manual" (since libvirt 8.2) is
+    # neither.
+    kind = Kind.INTERNAL if modes <= {"internal"} else Kind.EXTERNAL if modes == {"external"} else Kind.MIXED
     return Snapshot(
         name=name,
         created_at=datetime.fromtimestamp(int(root.findtext("creationTime", "0")), UTC),

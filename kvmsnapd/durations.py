@@ -9,7 +9,7 @@ from kvmsnapd.errors import InvalidValueError
 
 # No months and years: how long they are depends on where one starts. Calendar retention counts periods.
 _SECONDS = {"w": 604800, "d": 86400, "h": 3600, "m": 60, "s": 1}
-DURATION_PATTERN = r"^(\d+[wdhms])+$"
+DURATION_PATTERN = r"^(\d{1,9}[wdhms])+$"
 """The accepted form, for the JSON schema."""
 
 _LONGEST = timedelta(days=36500)

@@ -25,20 +25,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One domain under one policy. ``snapshots`` are the policy's own ones, newest slot first."""
+    """One domain under one policy. ``snapshots`` are the policy's own ones, newest slot first.
+
+    ``newest`` is the newest good one, None before the first. One dated in the future is not good: it would keep the age
+    low, and the alarm silent, until its date has come.
+    """
 
     name: PairName
     policy: Policy
     snapshots: tuple[Snapshot, ...]
+    newest: Snapshot | None
     due: Due
 
     @property
     def last_success_at(self) -> datetime | None:
-        """When the newest snapshot was really taken, or None before the first."""
-        return max((s.mark.taken_at for s in self.snapshots if s.mark), default=None)
+        """When the newest good snapshot was really taken, or None before the first."""
+        return self.newest.mark.taken_at if self.newest and self.newest.mark else None
 
     def age(self, now: datetime) -> timedelta | None:
-        """Return how old the newest snapshot is, or None before the first."""
+        """Return how old the newest good snapshot is, or None before the first."""
         last = self.last_success_at
         return now - last if last else None
 
@@ -53,6 +58,11 @@ class Fleet:
     pairs: tuple[Pair, ...] = ()
     missing_domains: tuple[str, ...] = ()
     domains_per_policy: Mapping[str, int] = field(default_factory=dict)
+
+    def clock_suspect(self) -> bool:
+        """Tell whether a snapshot of ours is dated in the future: this host's clock is wrong now, or was then."""
+        marks = (s.mark for pair in self.pairs for s in pair.snapshots)
+        return any(mark and max(mark.scheduled_at, mark.taken_at) > self.at for mark in marks)
 
     def unmanaged(self) -> list[tuple[Inventory, tuple[Snapshot, ...]]]:
         """Return, per domain, our snapshots of policies that do not apply to it any more; they are never pruned."""
@@ -79,12 +89,7 @@ def survey(
     inventories = tuple(domains)
     assignments = assign(selectors, inventories)
     pairs = tuple(
-        Pair(
-            PairName(domain.name, domain.uuid, policy.name),
-            policy,
-            _newest_first(domain, policy),
-            due_for(domain, policy, now),
-        )
+        _pair(domain, policy, now)
         for domain, assignment in zip(inventories, assignments, strict=True)
         for policy in assignment.policies
     )
@@ -99,8 +104,9 @@ def survey(
     )
 
 
-def _newest_first(domain: Inventory, policy: Policy) -> tuple[Snapshot, ...]:
-    own = [
-        (s.mark.scheduled_at, s.mark.attempt, s) for s in domain.snapshots if s.mark and s.mark.policy == policy.name
-    ]
-    return tuple(s for _, _, s in sorted(own, key=lambda entry: entry[:2], reverse=True))
+def _pair(domain: Inventory, policy: Policy, now: datetime) -> Pair:
+    own = [(s.mark, s) for s in domain.of_policy(policy.name) if s.mark]
+    own.sort(key=lambda entry: (entry[0].scheduled_at, entry[0].attempt), reverse=True)
+    good = (s for mark, s in own if max(mark.scheduled_at, mark.taken_at) <= now)
+    name = PairName(domain.name, domain.uuid, policy.name)
+    return Pair(name, policy, tuple(s for _, s in own), next(good, None), due_for(domain, policy, now))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 from http import HTTPStatus
-from socketserver import ThreadingMixIn
+from socketserver import TCPServer, ThreadingMixIn
 from typing import TYPE_CHECKING
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
@@ -20,6 +20,12 @@ if TYPE_CHECKING:
 
 class _Server(ThreadingMixIn, WSGIServer):
     daemon_threads = True
+
+    def server_bind(self) -> None:
+        """Bind without asking the name service who we are, as the base class would: it may not answer."""
+        TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]
+        self.setup_environ()
 
 
 class _Server6(_Server):
@@ -53,9 +59,10 @@ class MetricsServer:
             if path not in {"/metrics", "/-/healthy", "/-/ready"}:
                 return _answer(start_response, HTTPStatus.NOT_FOUND, "not found; metrics are at /metrics")
             if method not in {"GET", "HEAD"}:
-                return _answer(start_response, HTTPStatus.METHOD_NOT_ALLOWED, "only GET")
+                return _answer(start_response, HTTPStatus.METHOD_NOT_ALLOWED, "only GET", ("Allow", "GET, HEAD"))
             if path == "/metrics":
-                return metrics(environ, start_response)  # type: ignore[no-any-return]
+                body: list[bytes] = metrics(environ | {"REQUEST_METHOD": "GET"}, start_response)
+                return body if method == "GET" else []
             if path == "/-/ready" and not ready():
                 return _answer(start_response, HTTPStatus.SERVICE_UNAVAILABLE, "libvirt has not answered yet")
             return _answer(start_response, HTTPStatus.OK, "ok")
@@ -76,6 +83,6 @@ class MetricsServer:
         self._server.server_close()
 
 
-def _answer(start_response: StartResponse, status: HTTPStatus, text: str) -> list[bytes]:
-    start_response(f"{status.value} {status.phrase}", [("Content-Type", "text/plain; charset=utf-8")])
+def _answer(start_response: StartResponse, status: HTTPStatus, text: str, *headers: tuple[str, str]) -> list[bytes]:
+    start_response(f"{status.value} {status.phrase}", [("Content-Type", "text/plain; charset=utf-8"), *headers])
     return [f"{text}\n".encode()]

@@ -16,6 +16,7 @@ from kvmsnapd import __version__
 from kvmsnapd.events import (
     DeleteFailed,
     PruneBlocked,
+    RunEvent,
     RunFinished,
     RunSkipped,
     SnapshotDeleted,
@@ -92,7 +93,9 @@ class Metrics:
         return Histogram(f"kvmsnapd_{name}_seconds", help_text, ("policy",), buckets=_BUCKETS, registry=self.registry)
 
     def consume(self, event: Event) -> None:
-        """Count one event; events that are no run's are ignored."""
+        """Count one event; those of no run, and of a pair that went while its run went on, are ignored."""
+        if not isinstance(event, RunEvent) or (event.pair.domain, event.pair.policy) not in self._pairs:
+            return
         match event:
             case SnapshotTaken(pair=pair):
                 self._taken.labels(pair.domain, pair.policy, event.consistency).inc()
@@ -195,6 +198,11 @@ def _fleet_families(fleet: Fleet, attempts: dict[str, datetime]) -> Iterator[Met
             last_attempt.add_metric(labels, attempts[pair.name.key].timestamp())
     yield from (last_success, last_attempt, interval, max_age, next_run, count, oldest)
 
+    yield _gauge(
+        "clock_suspect",
+        "1 while a snapshot is dated in the future: the clock is wrong, or was. Worry at 1.",
+        fleet.clock_suspect(),
+    )
     unprotected = GaugeMetricFamily(
         "kvmsnapd_domain_unprotected",
         "1 for a domain no policy protects without anybody having said so. Worry at 1.",

@@ -86,11 +86,9 @@ def judge(
 ) -> tuple[Verdict, ...]:
     """Return retention's verdicts on the policy's snapshots of this domain, and on the one about to be taken."""
     points = [Point(taking.name, taking.mark.scheduled_at)] if taking else []
-    points += [
-        Point(snapshot.name, snapshot.mark.scheduled_at, snapshot.mark.held(now))
-        for snapshot in inventory.of_policy(policy.name)
-        if snapshot.mark
-    ]
+    own = [(snapshot.mark, snapshot.name) for snapshot in inventory.of_policy(policy.name) if snapshot.mark]
+    own.sort(key=lambda entry: entry[0].attempt, reverse=True)  # of one slot the later attempt counts as newer
+    points += [Point(name, mark.scheduled_at, mark.held(now)) for mark, name in own]
     return plan_retention(points, policy.keep, timezone=policy.timezone, now=now)
 
 

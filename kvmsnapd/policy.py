@@ -6,6 +6,7 @@ A domain is matched by exact name or UUID first, then by the most specific patte
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from enum import StrEnum
 from fnmatch import fnmatchcase
@@ -115,15 +116,8 @@ def is_pattern(selector: str) -> bool:
 
 def literal_length(glob: str) -> int:
     """Return how many characters of a domain's name the pattern fixes; a ``[…]`` class fixes none."""
-    length, in_class = 0, False
-    for character in glob:
-        if in_class:
-            in_class = character != "]"
-        elif character == "[":
-            in_class = True
-        else:
-            length += character not in "*?"
-    return length
+    without_classes = re.sub(r"\[!?\]?[^\]]*\]", "", glob)
+    return sum(character not in "*?" for character in without_classes)
 
 
 def missing_domains(selectors: Iterable[str], domains: Iterable[Inventory]) -> tuple[str, ...]:

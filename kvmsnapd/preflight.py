@@ -65,18 +65,20 @@ def plan_take(
         # CD-ROMs and read-only disks take no part by themselves; a floppy would (measured, libvirt 9.0 and 11.3).
         floppies = tuple(disk.target for disk in domain.disks if disk.device == "floppy")
         return TakeRequest(domain.uuid, domain.name, name, mark, excluded=floppies)
-    overlays = tuple((d.target, overlay_path(domain.name, d, name)) for d in domain.disks if d.holds_state)
+    overlays = tuple((d.target, overlay_path(domain, d, name)) for d in domain.disks if d.holds_state)
     excluded = tuple(disk.target for disk in domain.disks if not disk.holds_state)
     return TakeRequest(domain.uuid, domain.name, name, mark, overlays, excluded)
 
 
-def overlay_path(domain_name: str, disk: Disk, snapshot_name: str) -> str:
+def overlay_path(domain: Domain, disk: Disk, snapshot_name: str) -> str:
     """Return the file that receives the disk's writes from this snapshot on, beside the layer it covers.
 
     Explicit and with the target in it, since libvirt's own choice collides for two disks with one stem, and is
     refused for block devices.
     """
-    stem = re.sub(r"[^A-Za-z0-9._-]", "_", domain_name)[:100]
+    stem = re.sub(r"[^A-Za-z0-9._-]", "_", domain.name)[:100]
+    if stem != domain.name:  # or two domains could be spelled alike
+        stem = f"{stem}-{domain.uuid[:8]}"
     return str(PurePosixPath(disk.path or "").with_name(f"{stem}.{disk.target}.{snapshot_name}.qcow2"))
 
 
@@ -109,8 +111,8 @@ def _refuse_domain(domain: Domain, policy: Policy) -> Refusal | None:
     if other:
         return Refusal(
             RefusalReason.MIXED_KINDS,
-            f"the domain has {len(other)} snapshot(s) that are not {policy.kind} (such as {other[0]!r}); mixing kinds "
-            f"loses data, so delete them or set kind: {domain.snapshots[0].kind} in the policy",
+            f"the domain has {len(other)} snapshot(s) that are not {policy.kind} (such as {other[0]!r}), and mixing "
+            "kinds loses data; delete them, or give the domain a policy of the kind it has",
         )
     return None
 

@@ -100,7 +100,10 @@ def parse_count(value: int | str) -> int:
         count = int(value)
         if 0 < count < 10**9:
             return count
-    msg = f"{value!r} keeps nothing or is no count: write a whole number from 1, or all; or leave the rule out"
+        if count == 0:
+            msg = "0 keeps nothing: write a whole number from 1, or all, or leave the rule out"
+            raise InvalidValueError(msg)
+    msg = f"{value!r} is no count: write a whole number from 1, or all"
     raise InvalidValueError(msg)
 
 
@@ -108,7 +111,7 @@ def parse_within(value: str) -> timedelta:
     """Return the length of a ``within`` rule; raise InvalidValueError for none or zero."""
     length = parse_duration(value)
     if not length:
-        msg = f"within: {value!r} keeps nothing: write a duration above zero, such as 36h, or leave the rule out"
+        msg = f"{value!r} keeps nothing: write a duration above zero, such as 36h, or leave the rule out"
         raise InvalidValueError(msg)
     return length
 

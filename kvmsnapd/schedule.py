@@ -12,12 +12,12 @@ import hashlib
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
-from itertools import islice, pairwise
+from itertools import pairwise, takewhile
 from typing import TYPE_CHECKING, Final
 
 from cronsim import CronSim, CronSimError
 
-from kvmsnapd.durations import format_duration, parse_duration
+from kvmsnapd.durations import parse_duration
 from kvmsnapd.errors import InvalidValueError
 
 if TYPE_CHECKING:
@@ -33,9 +33,8 @@ ALIASES: Final = {
 }
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _LONGEST_GAP = timedelta(days=8 * 366)  # 29 February over a century that is no leap year
-_MOST_SAMPLES = 25_000
 _YEAR = datetime(2026, 1, 1, tzinfo=UTC)
-_SECOND = timedelta(seconds=1)
+_SECOND, _DAY = timedelta(seconds=1), timedelta(days=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,27 +102,30 @@ class Schedule:
 
 @lru_cache(maxsize=1024)
 def _cron_intervals(cron: str, timezone: ZoneInfo) -> tuple[timedelta, timedelta]:
-    """Return the shortest and the longest time between neighbouring slots, from enough of them to know the pattern."""
-    _, _, day, month, weekday = cron.split()
-    # A rule on days of the week alone repeats every week, but for the weeks in which the clock changes; "mon#2" and
-    # "5L" mean one week of a month.
-    if day == month == "*" and not set("#L") & set(weekday.upper()):
-        starts = [_YEAR, *(change - timedelta(days=8) for change in _clock_changes(timezone))]
-        span = timedelta(days=16)
-    else:
-        starts, span = [_YEAR], timedelta(days=3660)
-    intervals = {
-        later - earlier for start in starts for earlier, later in pairwise(_sample(cron, timezone, start, span))
-    }
+    """Return the shortest and the longest time between neighbouring slots.
+
+    The two first fields decide the times within a day, the others the days; each alone is short enough to be looked at
+    whole, which a schedule of every minute of one month is not.
+    """
+    minute, hour, day, month, weekday = cron.split()
+    times = list(_sample(f"{minute} {hour} * * *", _YEAR, timedelta(days=1)))
+    days = list(_sample(f"0 0 {day} {month} {weekday}", _YEAR, timedelta(days=3660)))
+    intervals = {later - earlier for earlier, later in pairwise(times)}
+    for change in _clock_changes(timezone):
+        around = _sample(f"{minute} {hour} * * *", (change - _DAY).astimezone(timezone), 3 * _DAY)
+        intervals |= {later.astimezone(UTC) - earlier.astimezone(UTC) for earlier, later in pairwise(around)}
+    for earlier, later in pairwise(days):
+        # From day to day the clock changes have been looked at; over more days they may fall in between.
+        zone = UTC if later - earlier == _DAY else timezone
+        last = datetime.combine(earlier.date(), times[-1].time(), zone)
+        first = datetime.combine(later.date(), times[0].time(), zone)
+        intervals.add(first.astimezone(UTC) - last.astimezone(UTC))
     return min(intervals, default=_LONGEST_GAP), max(intervals, default=_LONGEST_GAP)
 
 
-def _sample(cron: str, timezone: ZoneInfo, start: datetime, span: timedelta) -> Iterator[datetime]:
-    """Yield the slots from ``start`` on, to the first beyond ``span``, but not without end for dense schedules."""
-    for slot in islice(CronSim(cron, start.astimezone(timezone)), _MOST_SAMPLES):
-        yield slot.astimezone(UTC)
-        if slot - start > span:
-            return
+def _sample(cron: str, start: datetime, span: timedelta) -> Iterator[datetime]:
+    """Yield the fire times from ``start``, which may be one of them, to before ``start + span``."""
+    return takewhile(lambda at: at < start + span, CronSim(cron, start - _SECOND))
 
 
 @lru_cache
@@ -162,7 +164,7 @@ def parse_schedule(text: str, timezone: ZoneInfo) -> Schedule:
     for field, size in zip(fields, (60, 24, 31, 12, 7), strict=True):
         for part in field.split(","):
             step = part.partition("/")[2]
-            if step.isdigit() and int(step) > size:
+            if step.isdecimal() and (len(step) > 2 or int(step) > size):  # noqa: PLR2004
                 msg = f"schedule {text!r}: step /{step} is larger than the field's range of {size}"
                 raise InvalidValueError(msg)
     try:
@@ -218,10 +220,3 @@ def decide_due(schedule: Schedule, done: Iterable[datetime], *, now: datetime, s
     if not catch_up and now > latest + splay + grace:
         return Due(None, following + splay, missed=latest)
     return Due(latest, latest + splay)
-
-
-def describe(schedule: Schedule) -> str:
-    """Return the schedule in English, for people."""
-    if schedule.every:
-        return f"every {format_duration(schedule.every)}"
-    return CronSim(schedule.cron or "", _EPOCH).explain()

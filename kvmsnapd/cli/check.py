@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
+from kvmsnapd.cli.inspect import explain_unprotected
 from kvmsnapd.config import load_config
 from kvmsnapd.daemon import read_clock
 from kvmsnapd.fleet import survey
@@ -25,7 +26,7 @@ def check_config(arguments: argparse.Namespace) -> int:
             f"domain {name!r} is configured, and libvirt has none of this name" for name in fleet.missing_domains
         ]
         findings += [f"policy {name!r} applies to no domain" for name, n in fleet.domains_per_policy.items() if not n]
-        findings += [f"domain {a.domain_name!r} is {_why(a.patterns)}" for a in fleet.unprotected()]
+        findings += [f"domain {a.domain_name!r} is {explain_unprotected(a)}" for a in fleet.unprotected()]
     if arguments.json:
         answer = {"policies": list(config.policies), "warnings": list(config.warnings), "findings": findings}
         print(json.dumps(answer, indent=2))
@@ -40,9 +41,3 @@ def check_config(arguments: argparse.Namespace) -> int:
         for policy in config.policies.values():
             print(f"  {policy.name}: {policy.schedule}, keep {policy.keep}, {policy.kind}, {policy.timezone}")
     return 1 if findings else 0
-
-
-def _why(patterns: tuple[str, ...]) -> str:
-    if not patterns:
-        return "unprotected: no entry under domains fits it; give it policies, or [] if that is meant"
-    return f"unprotected: {' and '.join(patterns)} fit it equally well and disagree; name it on a line of its own"

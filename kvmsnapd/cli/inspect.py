@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from kvmsnapd.fleet import Fleet, Pair
     from kvmsnapd.model import Inventory, Snapshot
     from kvmsnapd.plan import Plan
+    from kvmsnapd.policy import Assignment
 
 
 @dataclass(frozen=True)
@@ -59,26 +60,37 @@ def _find(fleet: Fleet, word: str) -> Inventory:
 
 
 def show_status(arguments: argparse.Namespace) -> int:
-    """Print one line per (domain, policy), the worst first, then the domains that no policy protects."""
+    """Print one line per (domain, policy), the worst first, then what no policy protects or prunes."""
     sight = _look(arguments)
+    fleet = sight.fleet
     pairs = sorted(sight.pairs, key=lambda pair: (-_badness(pair, sight.now), pair.name.domain, pair.name.policy))
-    rows = [_status_row(pair, sight.now) for pair in pairs]
-    unprotected = [a for a in sight.fleet.unprotected() if a.domain_uuid in {d.uuid for d in sight.domains}]
-    unmanaged = {d.name: len(snapshots) for d, snapshots in sight.fleet.unmanaged() if d in sight.domains}
+    unprotected = [a for a in fleet.unprotected() if a.domain_uuid in {d.uuid for d in sight.domains}]
+    unmanaged = {d.name: len(snapshots) for d, snapshots in fleet.unmanaged() if d in sight.domains}
     if arguments.json:
-        answer = {"pairs": rows, "unprotected": [a.domain_name for a in unprotected], "unmanaged": unmanaged}
+        answer = {
+            "pairs": [_status_object(pair, sight.now) for pair in pairs],
+            "unprotected": [assignment.domain_name for assignment in unprotected],
+            "missing": list(fleet.missing_domains),
+            "unmanaged": unmanaged,
+        }
         print(json.dumps(answer, indent=2))
         return 0
-    for row in rows:
-        row["snapshots"] = str(row["snapshots"])
-    print_table(rows)
+    print_table([_status_row(pair, sight.now) for pair in pairs])
     for assignment in unprotected:
-        print(f"{assignment.domain_name}: {assignment.coverage}, no policy protects it")
+        print(f"{assignment.domain_name}: {explain_unprotected(assignment)}")
     for name, count in unmanaged.items():
         print(f"{name}: {count} snapshot(s) of a policy that no longer applies; nothing prunes them")
-    for name in sight.fleet.missing_domains:
+    for name in fleet.missing_domains:
         print(f"{name}: is configured, and libvirt has no such domain")
     return 0
+
+
+def explain_unprotected(assignment: Assignment) -> str:
+    """Return why a domain has no policy, and what to do about it."""
+    if assignment.patterns:
+        both = " and ".join(assignment.patterns)
+        return f"unprotected: {both} fit it equally well and disagree; name it on a line of its own"
+    return "unprotected: no entry under domains fits it; give it policies, or [] if that is meant"
 
 
 def _badness(pair: Pair, now: datetime) -> float:
@@ -87,25 +99,43 @@ def _badness(pair: Pair, now: datetime) -> float:
     return age / pair.policy.max_age if age is not None else float("inf")
 
 
-def _status_row(pair: Pair, now: datetime) -> dict[str, Any]:
+def _state(pair: Pair, now: datetime) -> str:
     age = pair.age(now)
-    newest = next((s for s in pair.snapshots if s.mark), None)
     if age is None:
-        state = "never"
-    elif age > pair.policy.max_age:
-        state = "overdue"
-    else:
-        state = "due" if pair.due.slot else "ok"
+        return "never"
+    if age > pair.policy.max_age:
+        return "overdue"
+    return "due" if pair.due.slot else "ok"
+
+
+def _status_object(pair: Pair, now: datetime) -> dict[str, Any]:
+    age, mark = pair.age(now), pair.newest.mark if pair.newest else None
+    return {
+        "domain": pair.name.domain,
+        "domain_uuid": pair.name.domain_uuid,
+        "policy": pair.name.policy,
+        "state": _state(pair, now),
+        "age_seconds": round(age.total_seconds()) if age is not None else None,
+        "max_age_seconds": round(pair.policy.max_age.total_seconds()),
+        "consistency": str(mark.consistency) if mark else None,
+        "snapshots": len(pair.snapshots),
+        "next_run_at": pair.due.run_at.isoformat(),
+        "newest": pair.newest.name if pair.newest else None,
+    }
+
+
+def _status_row(pair: Pair, now: datetime) -> dict[str, str]:
+    age, mark = pair.age(now), pair.newest.mark if pair.newest else None
     return {
         "domain": pair.name.domain,
         "policy": pair.name.policy,
-        "state": state,
+        "state": _state(pair, now),
         "age": rough_duration(age) if age is not None else "-",
         "limit": format_duration(pair.policy.max_age),
-        "consistency": str(newest.mark.consistency) if newest and newest.mark else "-",
-        "snapshots": len(pair.snapshots),
+        "consistency": str(mark.consistency) if mark else "-",
+        "snapshots": str(len(pair.snapshots)),
         "next": pair.due.run_at.astimezone(pair.policy.timezone).isoformat(timespec="seconds"),
-        "newest": newest.name if newest else "-",
+        "newest": pair.newest.name if pair.newest else "-",
     }
 
 
@@ -179,7 +209,8 @@ def _plan_lines(plan: Plan) -> list[str]:
         if verdict.keep:
             lines.append(f"  keep    {name}  {', '.join(verdict.reasons)}")
         elif name in deletes:
-            lines.append(f"  delete  {name}  {', '.join(verdict.reasons)}")
+            word = "delete" if plan.take else "later "  # only a successful take is followed by deletes
+            lines.append(f"  {word}  {name}  {', '.join(verdict.reasons)}")
         elif name in waits:
             lines.append(f"  waits   {name}  {waits[name].reason}: {waits[name].detail}")
     return lines

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,15 +30,16 @@ def simulate(arguments: argparse.Namespace) -> int:
     if arguments.policy:
         return _draw_future(arguments, now)
     rules = parse_keep(arguments.keep)
-    if arguments.file == "-":
-        points = list(_read_points(sys.stdin, zone, "standard input"))
-    else:
-        try:
-            with Path(arguments.file).open(encoding="utf-8") as lines:
-                points = list(_read_points(lines, zone, arguments.file))
-        except OSError as error:
-            msg = f"{arguments.file}: cannot be read: {error.strerror}"
-            raise InvalidValueError(msg) from error
+    source = "standard input" if arguments.file == "-" else arguments.file
+    try:
+        with nullcontext(sys.stdin) if arguments.file == "-" else Path(arguments.file).open(encoding="utf-8") as lines:
+            points = list(_read_points(lines, zone, source))
+    except OSError as error:
+        msg = f"{source}: cannot be read: {error.strerror}"
+        raise InvalidValueError(msg) from error
+    except UnicodeDecodeError as error:
+        msg = f"{source}: is not UTF-8 text"
+        raise InvalidValueError(msg) from error
     verdicts = plan_retention(points, rules, timezone=zone, now=now)
     print(_as_json(verdicts) if arguments.json else _as_lines(verdicts))
     return 0

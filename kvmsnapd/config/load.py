@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, field
 from datetime import timedelta
 from difflib import get_close_matches
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ValidationError
+from pydantic_settings import SettingsError
 
 from kvmsnapd.config.models import PolicySettings, Settings
 from kvmsnapd.config.yaml_document import Document, Location, parse_yaml
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 
 DEFAULT_PATH = Path("/etc/kvmsnapd/kvmsnapd.yaml")
 _LONGEST_SPLAY = timedelta(minutes=5)
+_PREFIX = "KVMSNAPD_"
+_UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 
 
 @dataclass(frozen=True)
@@ -60,49 +64,88 @@ def load_config(path: Path) -> Config:
     Raises:
         ConfigError: with every problem found, in the order of the file; nothing is in force then.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError([f"{path}: cannot be read: {error.strerror}; nothing was changed"]) from error
-    except UnicodeDecodeError as error:
-        raise ConfigError([f"{path}: is not UTF-8 text: {error.reason} at byte {error.start}"]) from error
-    document = parse_yaml(str(path), text)
+    document = parse_yaml(str(path), _read(path))
+    problems: list[tuple[Location, str]] = _unknown_variables()
     hidden = [key for key in document.data if key.startswith("_")]  # pydantic-settings has options of such names
+    problems += [((key,), _unknown_key(key, ())) for key in hidden]
+    settings = None
     try:
         settings = Settings(**{key: value for key, value in document.data.items() if key not in hidden})
     except ValidationError as error:
-        details = [(tuple(e["loc"]), _describe(e)) for e in error.errors()]
-        raise ConfigError(_in_file_order(document, details)) from error
-    return _resolve(path, settings, document, hidden)
+        problems += [(tuple(details["loc"]), _describe(details)) for details in error.errors()]
+    except SettingsError as error:  # a variable that should hold JSON does not
+        field = re.search(r'field "(\w+)"', str(error))
+        name = f"{_PREFIX}{field[1].upper()}" if field else _PREFIX
+        raise ConfigError([f"environment {name}: is no JSON; set single keys, as {name}__KEY"]) from error
+    if settings is None:
+        problems += _unknown_policies(document.data.get("policies"), document.data.get("domains"))
+        raise ConfigError(_in_file_order(document, problems))
+    policies, selectors = _resolve(settings, problems)
+    if problems:
+        raise ConfigError(_in_file_order(document, problems))
+    return Config(path, settings, policies, selectors, tuple(_chain_warnings(document, selectors)))
 
 
-def _resolve(path: Path, settings: Settings, document: Document, hidden: list[str]) -> Config:
-    """Make the core's policies of validated settings, checking what no single key can tell."""
-    problems: list[tuple[Location, str]] = [((key,), f"unknown key `{key}`") for key in hidden]
+def _read(path: Path) -> str:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ConfigError([f"{path}: cannot be read: {error.strerror}; nothing was changed"]) from error
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ConfigError([f"{path}:{line}:1: is not UTF-8 text: {error.reason}"]) from error
+
+
+def _unknown_variables() -> list[tuple[Location, str]]:
+    """Return a problem for each variable of our prefix that names no setting."""
+    problems: list[tuple[Location, str]] = []
+    for variable in os.environ:
+        if variable.upper().startswith(_PREFIX):
+            name = variable[len(_PREFIX) :].partition("__")[0].lower()
+            if name not in Settings.model_fields:
+                problems.append(((name,), _unknown_key(name, ())))
+    return problems
+
+
+def _unknown_policies(policies: Any, domains: Any) -> list[tuple[Location, str]]:  # noqa: ANN401  # not yet validated
+    """Return a problem for each name of a policy under ``domains`` that ``policies`` does not have."""
+    known = list(policies) if isinstance(policies, dict) else []
+    spelled = f"Known are {', '.join(known)}" if known else "No policy is defined"
+    return [
+        (("domains", selector, index), f"unknown policy `{name}`{_suggest(name, known)} {spelled}")
+        for selector, names in (domains.items() if isinstance(domains, dict) else ())
+        for index, name in enumerate(names if isinstance(names, list) else ())
+        if isinstance(name, str) and name not in known
+    ]
+
+
+def _resolve(
+    settings: Settings, problems: list[tuple[Location, str]]
+) -> tuple[dict[str, Policy], dict[str, tuple[Policy, ...]]]:
+    """Make the core's policies of validated settings; add to ``problems`` what no single key can tell."""
     policies: dict[str, Policy] = {}
     for name, written in settings.policies.items():
         try:
             policies[name] = _policy(name, written, settings.timezone)
         except InvalidValueError as error:
             problems.append((("policies", name, "keep"), str(error)))
+    problems += _unknown_policies(settings.policies, settings.domains)
     selectors: dict[str, tuple[Policy, ...]] = {}
     for selector, names in settings.domains.items():
-        for index, name in enumerate(names):
-            if name not in settings.policies:
-                known = f"known are {', '.join(settings.policies)}" if settings.policies else "there is none"
-                problem = f"unknown policy `{name}`{_suggest(name, settings.policies)}; {known}"
-                problems.append((("domains", selector, index), problem))
-            elif name in names[:index]:
-                problems.append((("domains", selector, index), f"policy `{name}` is named twice"))
+        problems += [
+            (("domains", selector, index), f"policy `{name}` is named twice")
+            for index, name in enumerate(names)
+            if name in names[:index]
+        ]
         chosen = tuple(policies[name] for name in names if name in policies)
         if len({policy.kind for policy in chosen}) > 1:
             kinds = ", ".join(f"{policy.name} is {policy.kind}" for policy in chosen)
             problem = f"a domain has one kind of snapshot, for ever, and {kinds}; mixing kinds loses data"
             problems.append((("domains", selector), problem))
-        selectors[selector] = chosen
-    if problems:
-        raise ConfigError(_in_file_order(document, problems))
-    return Config(path, settings, policies, selectors, tuple(_chain_warnings(document, selectors)))
+        selectors[selector.lower() if _UUID.fullmatch(selector) else selector] = chosen
+    return policies, selectors
 
 
 def _policy(name: str, written: PolicySettings, default_zone: ZoneInfo) -> Policy:
@@ -119,7 +162,7 @@ def _policy(name: str, written: PolicySettings, default_zone: ZoneInfo) -> Polic
         consistency=written.consistency,
         catch_up=written.catch_up == "once",
         splay=splay,
-        max_age=written.max_age or 2 * interval + splay,
+        max_age=2 * interval + splay if written.max_age is None else written.max_age,
         max_deletes_per_run=written.max_deletes_per_run,
         max_chain_depth=written.max_chain_depth,
     )
@@ -143,48 +186,90 @@ def _chain_warnings(document: Document, selectors: Mapping[str, tuple[Policy, ..
             )
 
 
+_WORDS = {
+    "bool_parsing": "write true or false",
+    "bool_type": "write true or false",
+    "int_parsing": "write a whole number",
+    "int_type": "write a whole number",
+    "int_from_float": "write a whole number",
+    "string_type": "write text, in quotes where it looks like something else",
+    "model_type": "write `key: value` lines below it",
+    "model_attributes_type": "write `key: value` lines below it",
+    "dict_type": "write `key: value` lines below it",
+    "path_type": "write the path of a directory",
+}
+"""What to do, by pydantic's word for what is wrong."""
+
+
 def _describe(error: ErrorDetails) -> str:
     """Return pydantic's complaint in our words."""
-    location = error["loc"]
-    if error["type"] == "extra_forbidden":
-        names = _allowed_keys(location[:-1])
-        return f"unknown key `{location[-1]}`{_suggest(str(location[-1]), names)}; allowed are {', '.join(names)}"
-    if error["type"] == "missing":
+    location, kind, context = error["loc"], error["type"], error.get("ctx", {})
+    if kind == "extra_forbidden":
+        return _unknown_key(str(location[-1]), location[:-1])
+    if kind == "missing":
         return f"`{location[-1]}` is missing"
-    if "error" in error.get("ctx", {}) and isinstance(error["ctx"]["error"], InvalidValueError):
-        return str(error["ctx"]["error"])
+    if isinstance(context.get("error"), InvalidValueError):
+        return str(context["error"])
+    if kind in {"literal_error", "enum"}:
+        words = f"write one of {context['expected'].replace(' or ', ', ').replace(chr(39), '`')}"
+    elif kind == "list_type" and location[0] == "domains":
+        words = "write a list of policies, such as [standard]; [] means unprotected on purpose"
+    elif kind in {"greater_than_equal", "less_than_equal"}:
+        words = f"write a number {'from' if 'ge' in context else 'up to'} {context.get('ge', context.get('le'))}"
+    else:
+        words = _WORDS.get(kind, f"{error['msg'][:1].lower()}{error['msg'][1:]}")
     given = error["input"]
-    shown = f", not {given!r}" if isinstance(given, (str, int, float, bool)) or given is None else ""
-    return f"{error['msg'][:1].lower()}{error['msg'][1:]}{shown}"
+    if given is None:
+        return f"{words}, not nothing"
+    return f"{words}, not {given!r}" if isinstance(given, (str, int, float)) else words
 
 
-def _allowed_keys(location: Location) -> list[str]:
+def _unknown_key(key: str, section: Location) -> str:
+    names = _allowed_keys(section)
+    return f"unknown key `{key}`{_suggest(key, names)} Allowed are {', '.join(names)}"
+
+
+def _allowed_keys(section: Location) -> list[str]:
     """Return the keys of the section at this location, by walking the models."""
-    model: Any = Settings
-    for part in location:
-        if isinstance(model, type) and issubclass(model, BaseModel) and part in model.model_fields:
-            annotation = model.model_fields[str(part)].annotation
-            model = PolicySettings if part == "policies" else annotation
-    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+    model: type[BaseModel] = Settings
+    parts = list(section)
+    while parts:
+        part = parts.pop(0)
+        if model is Settings and part == "policies":
+            model, parts = PolicySettings, parts[1:]  # what follows is a policy's name
+            continue
+        annotation = model.model_fields[str(part)].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        model = annotation
+    return list(model.model_fields)
 
 
 def _suggest(word: str, known: Iterable[str]) -> str:
     close = get_close_matches(word, list(known), n=1)
-    return f"; did you mean `{close[0]}`?" if close else ""
+    return f"; did you mean `{close[0]}`?" if close else "."
 
 
 def _in_file_order(document: Document, problems: Iterable[tuple[Location, str]]) -> list[str]:
-    """Return the problems as lines ``place: key path: what``, sorted by place."""
-    lines = []
+    """Return the problems as lines ``place: key path: what``, sorted by place; those of the environment come first."""
+    lines: list[tuple[tuple[int, int], str]] = []
     for location, problem in problems:
-        variable = "KVMSNAPD_" + "__".join(map(str, location)).upper()
-        path = ".".join(str(part) for part in location if part != "[key]")
-        if variable in os.environ:
+        known = tuple(part for part in location if part != "[key]")
+        variable = _variable(known)
+        if variable:
             lines.append(((0, 0), f"environment {variable}: {problem}"))
             continue
-        known = tuple(part for part in location if part != "[key]")
-        of_key = problem.startswith("unknown key") or "[key]" in location
-        place = document.place(known, of_key=of_key)
+        place = document.place(known, of_key=problem.startswith("unknown key") or "[key]" in location)
         line, column = place.rsplit(":", 2)[1:]
-        lines.append(((int(line), int(column)), f"{place}: {path}: {problem}"))
+        lines.append(((int(line), int(column)), f"{place}: {'.'.join(map(str, known))}: {problem}"))
     return [line for _, line in sorted(lines)]
+
+
+def _variable(location: Location) -> str | None:
+    """Return the environment variable that set this key or a section around it, None if the file did."""
+    given = {name.upper(): name for name in os.environ}
+    for end in range(len(location), 0, -1):
+        name = given.get(_PREFIX + "__".join(map(str, location[:end])).upper())
+        if name:
+            return name
+    return None

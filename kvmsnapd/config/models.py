@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from zoneinfo import ZoneInfo
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from kvmsnapd.durations import DURATION_PATTERN, format_duration, parse_duration
@@ -21,9 +21,31 @@ _UTC = ZoneInfo("UTC")
 
 
 def _duration(value: Any) -> Any:  # noqa: ANN401  # before validation anything may come
-    if isinstance(value, (str, int)) and not isinstance(value, bool):
-        return parse_duration(str(value))
+    if isinstance(value, bool):
+        msg = "write a duration, such as 90s or 15m"
+        raise InvalidValueError(msg)
+    return parse_duration(str(value)) if isinstance(value, (str, int)) else value
+
+
+def _positive(value: timedelta) -> timedelta:
+    if not value:
+        msg = "write a duration above zero"
+        raise InvalidValueError(msg)
     return value
+
+
+def _between(shortest: timedelta, longest: timedelta) -> AfterValidator:
+    def check(value: timedelta) -> timedelta:
+        if not shortest <= value <= longest:
+            msg = f"write a duration from {format_duration(shortest)} to {format_duration(longest)}"
+            raise InvalidValueError(msg)
+        return value
+
+    return AfterValidator(check)
+
+
+def _or_empty(value: Any) -> Any:  # noqa: ANN401
+    return {} if value is None else value  # the key is there and all below it is commented out
 
 
 def _count(value: Any) -> Any:  # noqa: ANN401
@@ -121,7 +143,7 @@ class PolicySettings(_Section):
     """After missed runs: once takes one snapshot at once, skip waits for the next scheduled time."""
     splay: Duration | None = None
     """Runs of different domains are spread over this time; by default a tenth of the interval, at most 5m."""
-    max_age: Duration | None = None
+    max_age: Annotated[Duration, AfterValidator(_positive)] | None = None
     """Age of the newest snapshot that means trouble; by default twice the longest interval of the schedule."""
     max_deletes_per_run: Annotated[Number, Field(ge=1)] = 10
     """The fuse: a run that would delete more than this from one domain deletes nothing and reports it."""
@@ -165,15 +187,15 @@ class Settings(BaseSettings):
     """Time zone of schedules and keep rules."""
     connect: str = "qemu:///system"
     """URI of the libvirt to work on."""
-    policies: dict[PolicyName, PolicySettings] = Field(default_factory=dict)
+    policies: Annotated[dict[PolicyName, PolicySettings], BeforeValidator(_or_empty)] = Field(default_factory=dict)
     """Policies by name."""
-    domains: dict[str, list[str]] = Field(default_factory=dict)
+    domains: Annotated[dict[str, list[str]], BeforeValidator(_or_empty)] = Field(default_factory=dict)
     """Names, UUIDs or glob patterns of domains, each with the policies they get; [] is unprotected on purpose."""
-    metrics: MetricsSettings = Field(default_factory=MetricsSettings)
+    metrics: Annotated[MetricsSettings, BeforeValidator(_or_empty)] = Field(default_factory=MetricsSettings)
     """Where Prometheus finds the metrics."""
-    log: LogSettings = Field(default_factory=LogSettings)
+    log: Annotated[LogSettings, BeforeValidator(_or_empty)] = Field(default_factory=LogSettings)
     """Logging."""
-    tick: Annotated[Duration, Field(ge=timedelta(seconds=1), le=timedelta(minutes=10))] = Field(
+    tick: Annotated[Duration, _between(timedelta(seconds=1), timedelta(minutes=10))] = Field(
         default=timedelta(seconds=30), json_schema_extra={"default": "30s"}
     )
     """How often all domains are looked at, whatever the schedules say."""

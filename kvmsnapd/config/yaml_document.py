@@ -22,6 +22,8 @@ Location = tuple[str | int, ...]
 
 _MOST_BYTES = 4 * 2**20
 _MOST_NODES = 500_000
+_DEEPEST = 20
+_KNOWN_TAGS = ("tag:yaml.org,2002:", "None")
 _INTEGER = re.compile(r"-?(0|[1-9][0-9]{0,17})")
 _WORDS = {"true": True, "false": False, "null": None, "~": None, "": None}
 
@@ -55,6 +57,7 @@ def parse_yaml(path: str, text: str) -> Document:
         raise ConfigError([f"{path}:1:1: the file is larger than {_MOST_BYTES} characters"])
     document = Document(path)
     try:
+        _check_depth(path, text)
         root = yaml.compose(text, Loader=yaml.CSafeLoader)
     except yaml.MarkedYAMLError as error:
         raise ConfigError([_explain(path, text, error)]) from error
@@ -71,6 +74,16 @@ def parse_yaml(path: str, text: str) -> Document:
     return document
 
 
+def _check_depth(path: str, text: str) -> None:
+    """Refuse nesting that nobody writes, before composing it, which is recursive and would crash."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.CSafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _DEEPEST:
+            place = f"{event.start_mark.line + 1}:{event.start_mark.column + 1}" if event.start_mark else "1:1"
+            raise ConfigError([f"{path}:{place}: nested more than {_DEEPEST} deep"])
+
+
 class _Reader:
     """Walks the node tree once, collecting data, positions and problems."""
 
@@ -80,15 +93,20 @@ class _Reader:
 
     def read(self, node: yaml.Node, location: Location) -> Any:  # noqa: ANN401  # YAML data
         self._nodes += 1
-        if self._nodes > _MOST_NODES:  # aliases can make a small file enormous
-            raise ConfigError([f"{self._document.path}: more than {_MOST_NODES} values, aliases counted in full"])
         self._document.values[location] = _position(node)
+        if self._nodes > _MOST_NODES or len(location) > _DEEPEST:  # aliases make a small file enormous, or endless
+            place = self._document.place(location)
+            raise ConfigError(
+                [f"{place}: more than {_MOST_NODES} values or {_DEEPEST} levels, aliases counted in full"]
+            )
+        if node.tag != "!" and not str(node.tag).startswith(_KNOWN_TAGS):
+            self._document.problems.append(f"{self._document.place(location)}: tag {node.tag} is not understood")
         if isinstance(node, yaml.MappingNode):
             return {key: self.read(value, (*location, key)) for key, value in self._entries(node, location)}
         if isinstance(node, yaml.SequenceNode):
             return [self.read(item, (*location, index)) for index, item in enumerate(node.value)]
         assert isinstance(node, yaml.ScalarNode)  # noqa: S101  # YAML knows no fourth kind
-        return self._scalar(node, location)
+        return self._scalar(node)
 
     def _entries(self, node: yaml.MappingNode, location: Location) -> Iterator[tuple[str, yaml.Node]]:
         first: dict[str, int] = {}
@@ -106,10 +124,8 @@ class _Reader:
             self._document.keys[*location, key] = (line, column)
             yield key, value
 
-    def _scalar(self, node: yaml.ScalarNode, location: Location) -> Any:  # noqa: ANN401
+    def _scalar(self, node: yaml.ScalarNode) -> Any:  # noqa: ANN401
         text = str(node.value)
-        if node.tag not in {None, "!"} and not str(node.tag).startswith("tag:yaml.org,2002:"):
-            self._document.problems.append(f"{self._document.place(location)}: tag {node.tag} is not understood")
         if node.style:  # quoted, or a block of text
             return text
         if text in _WORDS:
@@ -126,12 +142,14 @@ def _word(node: yaml.Node) -> str:
 
 
 def _explain(path: str, text: str, error: yaml.MarkedYAMLError) -> str:
-    """Return the parser's complaint with its place, and a hint for the two mistakes everybody makes once."""
+    """Return the parser's complaint with its place, and a hint for the mistakes everybody makes once."""
     mark = error.problem_mark or error.context_mark
     line, column = (mark.line + 1, mark.column + 1) if mark else (1, 1)
     lines = text.splitlines()
     source = lines[line - 1] if line <= len(lines) else ""
     hint = ""
-    if re.search(r"(:|-)\s+[*@]", source):
-        hint = '; a value that begins with * or @ must be quoted, such as schedule: "* * * * *"'
+    if re.search(r"(^|[:\-\[{,])\s*[*@]", source):
+        hint = '; what begins with * or @ must be quoted, such as schedule: "* * * * *" or "*-web": [standard]'
+    elif "\t" in source:
+        hint = "; indent with spaces, not with tabs"
     return f"{path}:{line}:{column}: not YAML: {error.problem or error.context}{hint}"

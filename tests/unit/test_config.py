@@ -154,6 +154,14 @@ def test_yaml_1_1_traps_stay_text() -> None:
     assert config.selectors["yes"] == ()
 
 
+def test_what_is_quoted_stays_text(write: Write) -> None:
+    config = load_config(
+        write('connect: "5"\npolicies: {7: {schedule: hourly, keep: {last: 1}}}\ndomains: {db01: ["7"]}\n')
+    )
+    assert config.settings.connect == "5"
+    assert [policy.name for policy in config.selectors["db01"]] == ["7"]
+
+
 def test_anchors_stand_for_their_values() -> None:
     config = sample("anchors")
     assert config.policies["standard"].keep == config.policies["other"].keep
@@ -206,7 +214,7 @@ def test_a_bad_value_in_the_environment_is_refused_with_its_variable(
 ) -> None:
     monkeypatch.setenv("KVMSNAPD_METRICS__PORT", "65536")
     assert problems(write("metrics: {port: 9783}")) == [
-        "environment KVMSNAPD_METRICS__PORT: input should be less than or equal to 65535, not '65536'"
+        "environment KVMSNAPD_METRICS__PORT: write a number up to 65535, not '65536'"
     ]
 
 
@@ -216,7 +224,7 @@ def test_an_unknown_key_in_the_environment_is_refused_with_its_variable(
     monkeypatch.setenv("KVMSNAPD_METRICS__PROT", "9000")
     assert problems(write("")) == [
         (
-            "environment KVMSNAPD_METRICS__PROT: unknown key `prot`; did you mean `port`?; allowed are enabled, "
+            "environment KVMSNAPD_METRICS__PROT: unknown key `prot`; did you mean `port`? Allowed are enabled, "
             "listen, port"
         )
     ]
@@ -306,3 +314,9 @@ def test_an_unquoted_pattern_is_told_to_be_quoted(write: Write, line: str) -> No
 def test_a_tab_is_called_a_tab(write: Write) -> None:
     (problem,) = problems(write("domains:\n\tdb01: []\n"))
     assert re.search(r"\btab", problem)
+
+
+def test_the_uuid_of_a_domain_may_be_written_in_capitals(write: Write) -> None:
+    uuid = "ABCDEFAB-2222-3333-4444-555555555555"
+    config = load_config(write(f"policies: {{p: {{schedule: daily, keep: {{last: 1}}}}}}\ndomains: {{{uuid}: [p]}}"))
+    assert list(config.selectors) == [uuid.lower()]

@@ -31,11 +31,6 @@ def test_a_domain_is_matched_by_its_uuid() -> None:
     assert assign_one({UUID: (HOURLY,)}) == (Coverage.PROTECTED, ["hourly"], (UUID,))
 
 
-def test_a_domain_is_matched_by_its_uuid_in_capitals() -> None:
-    uuid = "abcdefab-2222-3333-4444-555555555555"
-    assert assign_one({uuid.upper(): (HOURLY,)}, uuid=uuid)[:2] == (Coverage.PROTECTED, ["hourly"])
-
-
 def test_a_domain_gets_all_policies_of_its_entry_in_their_order() -> None:
     assert assign_one({"web-1": (DAILY, HOURLY)})[1] == ["daily", "hourly"]
 

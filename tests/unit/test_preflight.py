@@ -93,8 +93,8 @@ def test_a_mixed_snapshot_is_refused_by_both_kinds(policy: Policy, snapshot: Sna
 def test_an_external_policy_refuses_a_domain_with_an_internal_snapshot() -> None:
     assert refusal(a_domain(a_foreign_snapshot(kind=Kind.INTERNAL))) == Refusal(
         RefusalReason.MIXED_KINDS,
-        "the domain has 1 snapshot(s) that are not external (such as 'before-upgrade'); mixing kinds loses data, so "
-        "delete them or set kind: internal in the policy",
+        "the domain has 1 snapshot(s) that are not external (such as 'before-upgrade'), and mixing kinds loses "
+        "data; delete them, or give the domain a policy of the kind it has",
     )
 
 
@@ -339,24 +339,27 @@ def test_a_name_that_a_foreign_snapshot_has_is_not_used_again() -> None:
 
 
 def test_an_overlay_lies_beside_the_layer_it_covers() -> None:
-    path = overlay_path("web1", a_disk(path="/pool/a.b/web1.vda.older.qcow2"), "newer")
+    path = overlay_path(a_domain(name="web1"), a_disk(path="/pool/a.b/web1.vda.older.qcow2"), "newer")
     assert path == "/pool/a.b/web1.vda.newer.qcow2"
 
 
 def test_two_disks_with_one_stem_get_different_overlays() -> None:
     a, b = a_disk("vda", path="/images/web1.img"), a_disk("vdb", path="/images/web1.qcow2")
-    assert overlay_path("web1", a, NAME) != overlay_path("web1", b, NAME)
+    assert overlay_path(a_domain(name="web1"), a, NAME) != overlay_path(a_domain(name="web1"), b, NAME)
 
 
 def test_characters_that_do_not_belong_in_file_names_become_underscores() -> None:
-    assert overlay_path("a b/c:ä", a_disk(path="/images/x"), "s") == "/images/a_b_c__.vda.s.qcow2"
+    assert overlay_path(a_domain(name="a b/c:ä", uuid="12345678-0"), a_disk(path="/images/x"), "s") == (
+        "/images/a_b_c__-12345678.vda.s.qcow2"
+    )
 
 
 def test_a_long_domain_name_still_gives_a_file_name_the_file_system_takes() -> None:
-    path = overlay_path("x" * 300, a_disk(), "kvmsnapd-" + "p" * 32 + "-20261122T120000Z-99")
+    path = overlay_path(a_domain(name="x" * 300), a_disk(), "kvmsnapd-" + "p" * 32 + "-20261122T120000Z-99")
     assert len(path.rsplit("/", 1)[1]) <= 255
 
 
 @pytest.mark.parametrize(("one", "other"), [("web 1", "web_1"), ("x" * 100 + "a", "x" * 100 + "b")])
 def test_two_domains_in_one_folder_get_different_overlays(one: str, other: str) -> None:
-    assert overlay_path(one, a_disk(), NAME) != overlay_path(other, a_disk(), NAME)
+    domains = a_domain(name=one, uuid="1111"), a_domain(name=other, uuid="2222")
+    assert overlay_path(domains[0], a_disk(), NAME) != overlay_path(domains[1], a_disk(), NAME)

@@ -241,23 +241,23 @@ def test_keep_rules_are_read_as_they_are_written_on_the_command_line() -> None:
         ("last=1 last=2", "keep rule 'last' is given twice"),
         (
             "last=0",
-            "'0' keeps nothing or is no count: write a whole number from 1, or all; or leave the rule out",
+            "0 keeps nothing: write a whole number from 1, or all, or leave the rule out",
         ),
         (
             "last=-1",
-            "'-1' keeps nothing or is no count: write a whole number from 1, or all; or leave the rule out",
+            "'-1' is no count: write a whole number from 1, or all",
         ),
         (
             "last=",
-            "'' keeps nothing or is no count: write a whole number from 1, or all; or leave the rule out",
+            "'' is no count: write a whole number from 1, or all",
         ),
         (
             "last=1000000000",
-            "'1000000000' keeps nothing or is no count: write a whole number from 1, or all; or leave the rule out",
+            "'1000000000' is no count: write a whole number from 1, or all",
         ),
         (
             "within=0s",
-            "within: '0s' keeps nothing: write a duration above zero, such as 36h, or leave the rule out",
+            "'0s' keeps nothing: write a duration above zero, such as 36h, or leave the rule out",
         ),
         (
             "within=7",

@@ -1,0 +1,368 @@
+"""Metrics: which series there are, from the first minute to the end of a pair."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from prometheus_client import generate_latest
+
+from kvmsnapd.events import (
+    DaemonStopped,
+    DeleteFailed,
+    Event,
+    PruneBlocked,
+    RunFinished,
+    RunSkipped,
+    SnapshotDeleted,
+    SnapshotFailed,
+    SnapshotTaken,
+)
+from kvmsnapd.fleet import Fleet, survey
+from kvmsnapd.metrics import Metrics, Observation
+from kvmsnapd.model import PairName
+from tests.unit.builders import (
+    NOW,
+    OTHER_UUID,
+    UUID,
+    a_foreign_snapshot,
+    a_policy,
+    a_snapshot,
+    an_inventory,
+    at,
+    hourly_snapshots,
+)
+
+if TYPE_CHECKING:
+    from kvmsnapd.model import Inventory
+    from kvmsnapd.policy import Policy
+
+PAIR = PairName("web1", UUID, "standard")
+LABELS = {"domain": "web1", "policy": "standard"}
+NAME = "kvmsnapd-standard-20261122T120000Z"
+
+
+def a_fleet(*domains: Inventory, selectors: dict[str, tuple[Policy, ...]] | None = None) -> Fleet:
+    selectors = {"web1": (a_policy(),)} if selectors is None else selectors
+    return survey(["standard"], selectors, domains, now=NOW)
+
+
+class Bench:
+    """Metrics over an observation that a test may change."""
+
+    def __init__(self, *domains: Inventory, selectors: dict[str, tuple[Policy, ...]] | None = None) -> None:
+        self.seen = Observation(fleet=a_fleet(*domains, selectors=selectors), libvirt_up=True, last_tick_at=NOW)
+        self.metrics = Metrics(lambda: self.seen)
+        # As the daemon does: first which pairs there are, then what happens to them.
+        self.metrics.keep_only([("web1", "standard"), ("db01", "standard")])
+
+    def feed(self, *events: Event) -> None:
+        for event in events:
+            self.metrics.consume(event)
+
+    def value(self, name: str, **labels: str) -> float | None:
+        return self.metrics.registry.get_sample_value(f"kvmsnapd_{name}", labels)
+
+    def series(self, **labels: str) -> set[str]:
+        """Return the names of all series that have these labels, without histograms."""
+        return {
+            sample.name.removeprefix("kvmsnapd_")
+            for family in self.metrics.registry.collect()
+            for sample in family.samples
+            if labels.items() <= sample.labels.items()
+        }
+
+    @property
+    def text(self) -> str:
+        return generate_latest(self.metrics.registry).decode()
+
+
+def taken(*, consistency: str = "filesystem", pair: PairName = PAIR) -> SnapshotTaken:
+    return SnapshotTaken(
+        pair=pair,
+        snapshot=NAME,
+        scheduled_at=at("2026-11-22T12:00"),
+        kind="external",
+        consistency=consistency,
+        duration_seconds=0.3,
+    )
+
+
+def deleted() -> SnapshotDeleted:
+    return SnapshotDeleted(pair=PAIR, snapshot=NAME, reasons=("last=1 used up",), duration_seconds=2)
+
+
+def failed(reason: str = "busy") -> SnapshotFailed:
+    return SnapshotFailed(
+        pair=PAIR, snapshot=NAME, scheduled_at=at("2026-11-22T12:00"), reason=reason, error="a sentence"
+    )
+
+
+def finished(result: str = "taken", *, blocked: int = 0) -> RunFinished:
+    return RunFinished(
+        pair=PAIR, result=result, scheduled_at=None, snapshot=None, deleted=0, blocked=blocked, duration_seconds=1
+    )
+
+
+def every_event() -> list[Event]:
+    return [
+        taken(),
+        deleted(),
+        failed(),
+        DeleteFailed(pair=PAIR, snapshot=NAME, reason="libvirt", error="a sentence"),
+        RunSkipped(pair=PAIR, reason="locked", detail="a sentence"),
+        PruneBlocked(pair=PAIR, blocked={"fuse": 11}, detail="a sentence"),
+    ]
+
+
+# State
+
+
+def test_a_pair_has_its_series_and_its_limit_before_its_first_success() -> None:
+    bench = Bench(an_inventory())
+    bench.metrics.keep_only([("web1", "standard")])
+    assert bench.series(**LABELS) == {
+        "expected_interval_seconds",
+        "max_age_seconds",
+        "next_run_timestamp_seconds",
+        "snapshots",
+        "snapshots_deleted_total",
+    }
+    assert bench.value("max_age_seconds", **LABELS) == 7200
+    assert bench.value("expected_interval_seconds", **LABELS) == 3600
+    assert bench.value("snapshots", **LABELS) == 0
+    assert bench.value("snapshots_deleted_total", **LABELS) == 0
+
+
+def test_the_last_success_is_rebuilt_from_libvirt() -> None:
+    bench = Bench(an_inventory(*hourly_snapshots(3), a_foreign_snapshot()))
+    assert bench.value("last_success_timestamp_seconds", **LABELS) == at("2026-11-22T11:00:03").timestamp()
+    assert bench.value("oldest_snapshot_timestamp_seconds", **LABELS) == at("2026-11-22T09:00").timestamp()
+    assert bench.value("snapshots", **LABELS) == 3
+
+
+def test_the_next_run_is_in_the_past_while_one_is_overdue() -> None:
+    overdue, done = Bench(an_inventory()), Bench(an_inventory(a_snapshot("2026-11-22T12:00")))
+    assert overdue.value("next_run_timestamp_seconds", **LABELS) == at("2026-11-22T12:00").timestamp()
+    assert done.value("next_run_timestamp_seconds", **LABELS) == at("2026-11-22T13:00").timestamp()
+
+
+def test_the_last_attempt_is_there_once_one_was_made() -> None:
+    bench = Bench(an_inventory())
+    assert bench.value("last_attempt_timestamp_seconds", **LABELS) is None
+    bench.seen = Observation(fleet=bench.seen.fleet, attempts={PAIR.key: NOW})
+    assert bench.value("last_attempt_timestamp_seconds", **LABELS) == NOW.timestamp()
+
+
+def test_a_daemon_that_has_seen_nothing_yet_says_so() -> None:
+    metrics = Metrics(Observation)
+    value = metrics.registry.get_sample_value
+    assert value("kvmsnapd_libvirt_up") == 0
+    assert value("kvmsnapd_scheduler_last_tick_timestamp_seconds") == 0
+    assert value("kvmsnapd_config_last_reload_successful") == 1
+
+
+def test_while_libvirt_is_away_the_series_of_pairs_stay() -> None:
+    bench = Bench(an_inventory(*hourly_snapshots(1)))
+    before = bench.series(**LABELS)
+    bench.seen = Observation(fleet=bench.seen.fleet, libvirt_up=False)
+    assert bench.value("libvirt_up") == 0
+    assert bench.series(**LABELS) == before
+
+
+def test_a_refused_configuration_is_seen() -> None:
+    bench = Bench()
+    bench.seen = Observation(config_ok=False, config_loaded_at=NOW)
+    assert bench.value("config_last_reload_successful") == 0
+    assert bench.value("config_last_reload_success_timestamp_seconds") == NOW.timestamp()
+
+
+def test_a_domain_is_unprotected_unless_somebody_said_so() -> None:
+    selectors = {"web1": (a_policy(),), "scratch": (), "a*": (a_policy(),), "*b": ()}
+    domains = [an_inventory(name=name) for name in ("web1", "scratch", "lost", "ab")]
+    bench = Bench(*domains, selectors=selectors)
+    values = {domain.name: bench.value("domain_unprotected", domain=domain.name) for domain in domains}
+    assert values == {"web1": 0, "scratch": 0, "lost": 1, "ab": 1}
+
+
+def test_a_configured_domain_that_libvirt_does_not_have_is_missing() -> None:
+    assert Bench().value("domain_missing", domain="web1") == 1
+    assert Bench(an_inventory()).value("domain_missing", domain="web1") is None
+
+
+def test_a_policy_that_no_domain_has_is_unmatched() -> None:
+    assert Bench(selectors={}).value("policy_unmatched", policy="standard") == 1
+    assert Bench(an_inventory()).value("policy_unmatched", policy="standard") == 0
+
+
+def test_snapshots_of_a_policy_that_no_longer_applies_are_unmanaged() -> None:
+    bench = Bench(an_inventory(a_snapshot(policy="dropped"), a_foreign_snapshot(), a_snapshot()))
+    assert bench.value("snapshots_unmanaged", domain="web1") == 1
+    assert Bench(an_inventory(a_snapshot())).value("snapshots_unmanaged", domain="web1") is None
+
+
+# Counters
+
+
+def test_events_are_counted_with_their_bounded_words() -> None:
+    bench = Bench(an_inventory())
+    bench.feed(taken(), taken(), taken(consistency="crash"), failed("busy"), *every_event())
+    assert bench.value("snapshots_taken_total", **LABELS, consistency="filesystem") == 3
+    assert bench.value("snapshots_taken_total", **LABELS, consistency="crash") == 1
+    assert bench.value("snapshot_failures_total", **LABELS, reason="busy") == 2
+    assert bench.value("delete_failures_total", **LABELS, reason="libvirt") == 1
+    assert bench.value("runs_skipped_total", **LABELS, reason="locked") == 1
+    assert bench.value("snapshots_deleted_total", **LABELS) == 1
+
+
+def test_durations_are_counted_per_policy() -> None:
+    bench = Bench(an_inventory())
+    bench.feed(taken(), deleted())
+    assert bench.value("snapshot_duration_seconds_sum", policy="standard") == 0.3
+    assert bench.value("delete_duration_seconds_count", policy="standard") == 1
+
+
+def test_an_event_of_no_run_is_ignored() -> None:
+    bench = Bench()
+    before = bench.text
+    bench.feed(DaemonStopped(unfinished=()))
+    assert bench.text == before
+
+
+def test_what_waits_to_be_deleted_is_set_by_reason() -> None:
+    bench = Bench(an_inventory())
+    bench.feed(PruneBlocked(pair=PAIR, blocked={"fuse": 11, "branch": 1}, detail="why"))
+    assert bench.value("prune_blocked", **LABELS, reason="fuse") == 11
+    assert bench.value("prune_blocked", **LABELS, reason="branch") == 1
+
+
+def test_a_reason_that_is_gone_is_not_left_behind() -> None:
+    bench = Bench(an_inventory())
+    bench.feed(PruneBlocked(pair=PAIR, blocked={"fuse": 11, "branch": 1}, detail="why"))
+    bench.feed(PruneBlocked(pair=PAIR, blocked={"branch": 2}, detail="why"), finished(blocked=2))
+    assert bench.value("prune_blocked", **LABELS, reason="fuse") is None
+    assert bench.value("prune_blocked", **LABELS, reason="branch") == 2
+
+
+def test_nothing_waits_any_more_after_a_run_that_blocked_nothing() -> None:
+    bench = Bench(an_inventory())
+    bench.feed(PruneBlocked(pair=PAIR, blocked={"fuse": 11}, detail="why"), finished(blocked=0))
+    assert "prune_blocked" not in bench.series(**LABELS)
+
+
+@pytest.mark.parametrize("result", ["nothing_due", "skipped", "failed"])
+def test_a_run_that_did_not_prune_says_nothing_about_what_waits(result: str) -> None:
+    bench = Bench(an_inventory())
+    bench.feed(PruneBlocked(pair=PAIR, blocked={"fuse": 11}, detail="why"), finished(result))
+    assert bench.value("prune_blocked", **LABELS, reason="fuse") == 11
+
+
+def test_what_waits_elsewhere_is_left_alone() -> None:
+    other = PairName("db01", OTHER_UUID, "standard")
+    bench = Bench(an_inventory())
+    bench.feed(PruneBlocked(pair=other, blocked={"fuse": 11}, detail="why"), finished())
+    assert bench.value("prune_blocked", domain="db01", policy="standard", reason="fuse") == 11
+
+
+# The end of a pair
+
+
+def test_when_a_pair_goes_all_its_series_go() -> None:
+    bench = Bench(an_inventory(*hourly_snapshots(2)))
+    bench.metrics.keep_only([("web1", "standard")])
+    bench.feed(*every_event())
+    bench.metrics.keep_only([])
+    bench.seen = Observation(fleet=Fleet(NOW))
+    assert bench.series(domain="web1") == set()
+
+
+def test_when_a_pair_goes_the_others_stay() -> None:
+    bench = Bench(an_inventory())
+    bench.metrics.keep_only([("web1", "standard"), ("web1", "other"), ("db01", "standard")])
+    bench.feed(*every_event())
+    bench.metrics.keep_only([("web1", "standard")])
+    assert bench.value("snapshots_taken_total", **LABELS, consistency="filesystem") == 1
+    assert bench.value("snapshots_deleted_total", domain="db01", policy="standard") is None
+
+
+def test_a_run_that_ends_after_its_pair_is_gone_leaves_no_series_for_good() -> None:
+    bench = Bench(an_inventory())
+    bench.metrics.keep_only([("web1", "standard")])
+    bench.metrics.keep_only([])
+    bench.feed(*every_event())
+    bench.metrics.keep_only([])
+    bench.seen = Observation(fleet=Fleet(NOW))
+    assert bench.series(domain="web1") == set()
+
+
+# The form
+
+
+@pytest.fixture
+def full() -> Bench:
+    """Provide metrics with every series there is."""
+    domains = [
+        an_inventory(*hourly_snapshots(2), a_snapshot(policy="dropped")),
+        an_inventory(name="lost", uuid=OTHER_UUID),
+    ]
+    bench = Bench(*domains, selectors={"web1": (a_policy(),), "gone": ()})
+    bench.seen = Observation(
+        fleet=bench.seen.fleet, libvirt_up=True, last_tick_at=NOW, config_loaded_at=NOW, attempts={PAIR.key: NOW}
+    )
+    bench.metrics.keep_only([("web1", "standard")])
+    bench.feed(*every_event())
+    return bench
+
+
+def test_names_are_as_prometheus_wants_them(full: Bench) -> None:
+    for family in full.metrics.registry.collect():
+        assert re.fullmatch(r"kvmsnapd(_[a-z]+)+", family.name), family.name
+        assert family.documentation.endswith("."), family.name
+        if family.type == "counter":
+            assert {sample.name for sample in family.samples} <= {f"{family.name}_total"}
+        else:
+            assert not family.name.endswith(("_total", "_count")), family.name
+        if family.type == "histogram":
+            assert family.name.endswith("_duration_seconds")
+        assert not re.search(r"_(ms|minutes|hours|days|milliseconds)$", family.name)
+        if "timestamp" in family.name:
+            assert family.name.endswith("_timestamp_seconds")
+
+
+def test_labels_are_of_bounded_sets_and_never_name_a_snapshot(full: Bench) -> None:
+    allowed = {"domain", "policy", "reason", "consistency", "target", "storage", "uuid", "version", "le"}
+    labels = {label for family in full.metrics.registry.collect() for s in family.samples for label in s.labels}
+    assert labels <= allowed
+    assert NAME not in full.text
+
+
+def test_no_series_of_creation_times_is_exported(full: Bench) -> None:
+    assert "_created" not in full.text
+
+
+def test_every_family_comes_once(full: Bench) -> None:
+    names = [line.split()[2] for line in full.text.splitlines() if line.startswith("# TYPE")]
+    assert len(names) == len(set(names)) > 20
+
+
+def test_a_strange_domain_name_is_escaped() -> None:
+    name = 'we"b\\1\n'
+    bench = Bench(an_inventory(name=name), selectors={"*": (a_policy(),)})
+    assert 'domain="we\\"b\\\\1\\n"' in bench.text
+
+
+@pytest.mark.prometheus
+def test_promtool_finds_nothing_to_complain_of(full: Bench) -> None:
+    promtool = Path(os.environ.get("LAB_UNPACKED", "/nowhere"), "prometheus/usr/bin/promtool")
+    if not promtool.exists():
+        if os.environ.get("CI"):
+            pytest.fail("promtool is not there; ./dev test unpacks it")
+        pytest.skip("promtool is not there; ./dev test unpacks it")
+    answer = subprocess.run(
+        [promtool, "check", "metrics"], input=full.text, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert (answer.returncode, answer.stdout + answer.stderr) == (0, "")
