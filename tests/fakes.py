@@ -3,30 +3,18 @@
 from __future__ import annotations
 
 import threading
-import uuid
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from kvmsnapd.errors import DomainNotFoundError, HypervisorError, SnapshotExistsError
-from kvmsnapd.model import Capabilities, Disk, Domain, DomainState, Inventory, Kind, Snapshot
+from kvmsnapd.model import Capabilities, DomainState, Inventory, Kind, Snapshot
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from kvmsnapd.model import TakeRequest
-
-
-def a_domain(name: str = "web1", **changes: object) -> Domain:
-    """Return a running domain with one qcow2 disk and a guest agent, changed as asked."""
-    domain = Domain(
-        uuid=str(uuid.uuid5(uuid.NAMESPACE_DNS, name)),
-        name=name,
-        disks=(Disk("vda", path=f"/images/{name}.qcow2"),),
-        agent_connected=True,
-    )
-    return replace(domain, **changes)  # type: ignore[arg-type]
+    from kvmsnapd.model import Domain, TakeRequest
 
 
 @dataclass

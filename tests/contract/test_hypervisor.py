@@ -14,8 +14,8 @@ from kvmsnapd.libvirt_host import LibvirtHost
 from kvmsnapd.model import Capabilities, Consistency, Domain, DomainState, Kind, TakeRequest
 from kvmsnapd.policy import ConsistencyRule
 from kvmsnapd.preflight import plan_take
-from tests.builders import a_policy
-from tests.fakes import FakeHypervisor, a_domain
+from tests.builders import a_domain, a_policy
+from tests.fakes import FakeHypervisor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -9,7 +9,7 @@ import pytest
 from kvmsnapd.domain_xml import DomainDocument, format_request, parse_domain, parse_snapshot
 from kvmsnapd.model import Consistency, Disk, Kind, Mark, Snapshot, TakeRequest
 from kvmsnapd.naming import format_description
-from tests.unit.builders import UUID, at
+from tests.builders import UUID, at
 
 NAME = "kvmsnapd-standard-20261122T120000Z"
 MARK = Mark("standard", at("2026-11-22T12:00"), at("2026-11-22T12:00:03"), Consistency.FILESYSTEM, Kind.EXTERNAL)

@@ -34,12 +34,13 @@ from kvmsnapd.model import Consistency, DomainState, Kind, TakeRequest
 from kvmsnapd.naming import format_name
 from kvmsnapd.policy import ConsistencyRule, Policy
 from kvmsnapd.state_files import DomainLocks, FreezeIntents
-from tests.builders import NOON, a_chain, a_policy
-from tests.fakes import FakeHypervisor, a_domain, raising
+from tests.builders import a_chain, a_domain, a_policy, a_snapshot, at
+from tests.fakes import FakeHypervisor, raising
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+NOON = at("2026-11-22T12:00")
 HOUR = timedelta(hours=1)
 
 
@@ -120,7 +121,9 @@ def test_snapshots_no_rule_claims_are_deleted_after_the_take(bench: Bench) -> No
 
 def test_a_failed_take_deletes_nothing(bench: Bench) -> None:
     bench.fake.add(
-        replace(bench.fake.domains[bench.uuid], snapshots=a_chain(*(NOON - n * HOUR for n in (5, 4, 3, 2, 1))))
+        replace(
+            bench.fake.domains[bench.uuid], snapshots=a_chain(*(a_snapshot(NOON - n * HOUR) for n in (5, 4, 3, 2, 1)))
+        )
     )
     bench.fake.before["take_snapshot"] = [raising(HypervisorError("no space left", operation="snapshot_create"))]
     before = bench.names
@@ -142,8 +145,8 @@ def test_foreign_snapshots_are_never_deleted(bench: Bench) -> None:
 
 def test_more_deletes_than_the_fuse_allows_delete_nothing_and_say_so(tmp_path: Path) -> None:
     bench = Bench(tmp_path, a_policy(keep="last=2", max_deletes_per_run=3))
-    slots = [NOON - n * HOUR for n in range(6, 0, -1)]
-    bench.fake.add(replace(bench.fake.domains[bench.uuid], snapshots=a_chain(*slots)))
+    older = a_chain(*(a_snapshot(NOON - n * HOUR) for n in range(6, 0, -1)))
+    bench.fake.add(replace(bench.fake.domains[bench.uuid], snapshots=older))
     outcome = bench.run()
     assert (outcome.result, outcome.deleted, outcome.blocked) == ("taken", 0, 5)
     (event,) = bench.said(PruneBlocked)
@@ -288,7 +291,9 @@ def test_a_vanished_domain_ends_the_run_without_an_error(bench: Bench) -> None:
 
 def test_a_delete_that_fails_ends_the_pruning_and_keeps_the_take(tmp_path: Path) -> None:
     bench = Bench(tmp_path, a_policy(keep="last=1"))
-    bench.fake.add(replace(bench.fake.domains[bench.uuid], snapshots=a_chain(*(NOON - n * HOUR for n in (3, 2, 1)))))
+    bench.fake.add(
+        replace(bench.fake.domains[bench.uuid], snapshots=a_chain(*(a_snapshot(NOON - n * HOUR) for n in (3, 2, 1))))
+    )
     bench.fake.before["delete_snapshot"] = [raising(DomainBusyError("block job active", operation="snapshot_delete"))]
     outcome = bench.run()
     assert (outcome.result, outcome.deleted) == ("taken", 0)
@@ -299,7 +304,9 @@ def test_a_delete_that_fails_ends_the_pruning_and_keeps_the_take(tmp_path: Path)
 
 
 def test_a_delete_libvirt_only_pretended_is_a_failure(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    bench.fake.add(replace(bench.fake.domains[bench.uuid], snapshots=a_chain(*(NOON - n * HOUR for n in (3, 2, 1)))))
+    bench.fake.add(
+        replace(bench.fake.domains[bench.uuid], snapshots=a_chain(*(a_snapshot(NOON - n * HOUR) for n in (3, 2, 1))))
+    )
     monkeypatch.setattr(bench.fake, "delete_snapshot", lambda *_: None)
     bench.run()
     assert "still lists" in bench.said(DeleteFailed)[0].error
@@ -308,7 +315,7 @@ def test_a_delete_libvirt_only_pretended_is_a_failure(bench: Bench, monkeypatch:
 @pytest.mark.parametrize("interference", ["hold", "foreign child", "block job", "mark removed"])
 def test_what_a_person_does_between_plan_and_delete_stops_the_delete(tmp_path: Path, interference: str) -> None:
     bench = Bench(tmp_path, a_policy(keep="last=1"))
-    oldest = a_chain(NOON - HOUR)
+    oldest = (a_snapshot(NOON - HOUR),)
     bench.fake.add(replace(bench.fake.domains[bench.uuid], snapshots=oldest))
 
     def interfere() -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from kvmsnapd.fleet import Fleet, survey
 from kvmsnapd.policy import Coverage
-from tests.unit.builders import (
+from tests.builders import (
     NOW,
     OTHER_UUID,
     UUID,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import date
 
 from kvmsnapd.forecast import ForecastDay, forecast
-from tests.unit.builders import a_policy, at
+from tests.builders import a_policy, at
 
 
 def test_a_daily_policy_builds_up_and_then_replaces_one_a_day() -> None:

@@ -21,7 +21,7 @@ from kvmsnapd.events import (
 )
 from kvmsnapd.logs import configure_logging, event_fields, log_event
 from kvmsnapd.model import PairName
-from tests.unit.builders import UUID, at
+from tests.builders import UUID, at
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

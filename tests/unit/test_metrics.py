@@ -25,7 +25,7 @@ from kvmsnapd.events import (
 from kvmsnapd.fleet import Fleet, survey
 from kvmsnapd.metrics import Metrics, Observation
 from kvmsnapd.model import PairName
-from tests.unit.builders import (
+from tests.builders import (
     NOW,
     OTHER_UUID,
     UUID,

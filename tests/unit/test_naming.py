@@ -10,7 +10,7 @@ import pytest
 from kvmsnapd.errors import InvalidValueError
 from kvmsnapd.model import Consistency, Hold, Kind, Mark
 from kvmsnapd.naming import check_policy_name, format_description, format_name, parse_mark, parse_name
-from tests.unit.builders import NOW, at
+from tests.builders import NOW, at
 
 MARK = Mark("standard", at("2026-11-22T09:00"), at("2026-11-22T09:00:03"), Consistency.CRASH, Kind.EXTERNAL)
 NAME = "kvmsnapd-standard-20261122T090000Z"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from kvmsnapd.model import Consistency, DomainState, Hold, Kind
 from kvmsnapd.plan import Plan, due_for, judge, plan_run
 from kvmsnapd.preflight import RefusalReason
-from tests.unit.builders import (
+from tests.builders import (
     ANY_LIBVIRT,
     NOW,
     UUID,

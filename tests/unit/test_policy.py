@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from kvmsnapd.policy import Assignment, Coverage, Policy, assign, is_pattern, literal_length, missing_domains
-from tests.unit.builders import OTHER_UUID, UUID, a_policy, an_inventory
+from tests.builders import OTHER_UUID, UUID, a_policy, an_inventory
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -9,7 +9,7 @@ import pytest
 from kvmsnapd.model import Capabilities, Consistency, Disk, Domain, DomainState, Kind, Snapshot, TakeRequest
 from kvmsnapd.policy import ConsistencyRule, Policy
 from kvmsnapd.preflight import Refusal, RefusalReason, chain_depth, overlay_path, plan_take
-from tests.unit.builders import (
+from tests.builders import (
     ANY_LIBVIRT,
     NOW,
     a_disk,

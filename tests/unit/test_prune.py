@@ -9,7 +9,7 @@ import pytest
 from kvmsnapd.model import Capabilities, DomainState, Kind
 from kvmsnapd.plan import judge
 from kvmsnapd.prune import Blocked, BlockReason, Delete, find_obstacle, plan_deletes
-from tests.unit.builders import (
+from tests.builders import (
     ANY_LIBVIRT,
     NOW,
     a_chain,

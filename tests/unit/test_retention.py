@@ -10,7 +10,7 @@ import pytest
 
 from kvmsnapd.errors import InvalidValueError
 from kvmsnapd.retention import ALL, KeepRules, Point, Verdict, parse_keep, plan_retention
-from tests.unit.builders import BERLIN, NOW, at, kept, point
+from tests.builders import BERLIN, NOW, at, kept, point
 
 UTC_ZONE = ZoneInfo("UTC")
 

@@ -11,7 +11,7 @@ import pytest
 
 from kvmsnapd.errors import InvalidValueError
 from kvmsnapd.schedule import Due, Schedule, decide_due, parse_schedule, stable_splay
-from tests.unit.builders import BERLIN, OTHER_UUID, UUID, at
+from tests.builders import BERLIN, OTHER_UUID, UUID, at
 
 UTC_ZONE = ZoneInfo("UTC")
 HOUR = timedelta(hours=1)

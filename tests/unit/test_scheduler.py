@@ -14,7 +14,7 @@ from apscheduler.events import EVENT_JOB_SUBMITTED
 
 from kvmsnapd.schedule import Schedule
 from kvmsnapd.scheduler import JobChanges, JobScheduler, Wanted, retry_delay
-from tests.unit.builders import a_policy
+from tests.builders import a_policy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

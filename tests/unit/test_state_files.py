@@ -13,7 +13,7 @@ import pytest
 
 from kvmsnapd.errors import DomainLockedError
 from kvmsnapd.state_files import DomainLocks, FreezeIntents
-from tests.unit.builders import OTHER_UUID, UUID
+from tests.builders import OTHER_UUID, UUID
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
