@@ -52,6 +52,7 @@ _FIXED = ("connect", "workers", "metrics", "state_directory", "runtime_directory
 """Settings that a reload does not change; they need a restart, which the log then says."""
 
 
+_CLOCK_TOLERANCE = timedelta(minutes=1)
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -92,6 +93,7 @@ class Daemon:
         self._config_path = config_path
         self._config = load_config(config_path)
         settings = self._config.settings
+        self._started_with = settings
         self._uri = connect or settings.connect
         configure_logging(level=settings.log.level, form=settings.log.format)
         self._config_ok, self._config_loaded_at = True, read_clock()
@@ -116,7 +118,7 @@ class Daemon:
         self._failures: dict[str, _Failures] = {}
         self._thawing: threading.Thread | None = None
         self._missed: dict[str, datetime] = {}
-        self._stopping = False
+        self._stopping = threading.Event()
         self._tick_wanted = threading.Event()
         self.server = (
             MetricsServer(
@@ -138,7 +140,7 @@ class Daemon:
         ticking.start()
         while signal.sigwait(_SIGNALS) == signal.SIGHUP:
             self._reload()
-        self._stopping = True
+        self._stopping.set()
         self._tick_wanted.set()
         ended = self._scheduler.stop(DRAIN)
         if self.server:
@@ -154,6 +156,7 @@ class Daemon:
             last_tick_at=self._last_tick_at,
             config_ok=self._config_ok,
             config_loaded_at=self._config_loaded_at,
+            freeze_intents=len(self._intents.outstanding()),
             attempts=dict(self._attempts),
         )
 
@@ -167,14 +170,16 @@ class Daemon:
     # The tick
 
     def _tick_forever(self) -> None:
-        while not self._stopping:
+        while not self._stopping.is_set():
             try:
                 self._tick()
             except Exception:  # an error in one tick must not end all; last_tick stands still and raises the alarm
+                if self._stopping.is_set():
+                    return  # the scheduler is being taken down meanwhile
                 logging.getLogger(__name__).exception("tick ended in an unforeseen error")
             pause = self._config.settings.tick.total_seconds()
             self._tick_wanted.wait(pause if self._libvirt_up else min(pause, _RECONNECT_SECONDS))
-            if not self._stopping:
+            if not self._stopping.is_set():
                 time.sleep(_SHORTEST_TICK_SECONDS)
             self._tick_wanted.clear()
 
@@ -183,33 +188,38 @@ class Daemon:
         config, now = self._config, read_clock()
         try:
             capabilities = self._host.capabilities()
-            if not self._libvirt_up:
-                self._publish(LibvirtConnected(uri=self._uri, driver=capabilities.driver, version=capabilities.version))
             fleet = survey(config.policies, config.selectors, self._host.inventory(), now=now)
         except HypervisorError as error:
             if self._libvirt_up or self._last_tick_at is None:
                 self._publish(LibvirtLost(uri=self._uri, error=str(error)))
             self._libvirt_up, self._last_tick_at = False, now
             return
+        if not self._libvirt_up:
+            self._publish(LibvirtConnected(uri=self._uri, driver=capabilities.driver, version=capabilities.version))
         # An agent may take long to answer, or never answer; that must not hold up the tick.
         if self._intents.outstanding() and not (self._thawing and self._thawing.is_alive()):
             self._thawing = threading.Thread(target=self._executor.thaw_leftovers, name="thaw", daemon=True)
             self._thawing.start()
         self._pairs = {pair.name.key: pair for pair in fleet.pairs}
+        for record in (self._attempts, self._failures, self._missed):
+            for gone in record.keys() - self._pairs.keys():
+                record.pop(gone)
         self._metrics.keep_only((pair.name.domain, pair.name.policy) for pair in fleet.pairs)
         self._fleet, self._libvirt_up, self._last_tick_at = fleet, True, now
         for pair in fleet.pairs:
             self._report_missed(pair)
-        changes = self._scheduler.sync({key: self._wanted(pair) for key, pair in self._pairs.items()})
+        changes = self._scheduler.sync({key: self._wanted(pair, now) for key, pair in self._pairs.items()})
         if changes:
             self._publish(JobsChanged(added=changes.added, changed=changes.changed, removed=changes.removed))
 
-    def _wanted(self, pair: Pair) -> Wanted:
+    def _wanted(self, pair: Pair, now: datetime) -> Wanted:
         run_at = pair.due.run_at
         failures = self._failures.get(pair.name.key)
         if failures and pair.due.slot:
             delay = retry_delay(failures.count, pair.policy.schedule.longest_interval)
-            run_at = max(run_at, failures.last_at + delay)
+            # A failure dated in the future, under a clock that was wrong, holds nothing up.
+            if failures.last_at <= now + _CLOCK_TOLERANCE:
+                run_at = max(run_at, failures.last_at + delay)
         return Wanted(pair.policy, pair.policy.splay_of(pair.name.domain_uuid), run_at)
 
     def _report_missed(self, pair: Pair) -> None:
@@ -244,7 +254,7 @@ class Daemon:
             self._config_ok = False
             self._publish(ConfigRejected(path=str(self._config_path), problems=tuple(error.problems)))
             return
-        before, after = self._config.settings, config.settings
+        before, after = self._started_with, config.settings
         configure_logging(level=after.log.level, form=after.log.format)
         self._config, self._config_ok, self._config_loaded_at = config, True, read_clock()
         self._publish_config(config, tuple(n for n in _FIXED if getattr(before, n) != getattr(after, n)))

@@ -43,20 +43,29 @@ def _parse_disk(element: ET.Element) -> Disk:
         target=target.get("dev", "") if target is not None else "",
         device=element.get("device", "disk"),
         source_type=element.get("type", "file"),
-        path=(source.get("file") or source.get("dev")) if source is not None else None,
+        path=_path(source) or None if source is not None else None,
         format=driver.get("type", "raw") if driver is not None else "raw",
         readonly=element.find("readonly") is not None or element.get("device") == "cdrom",
         shareable=element.find("shareable") is not None,
         transient=element.find("transient") is not None,
         # An empty <backingStore/> ends a chain; it stands for no layer.
-        depth=sum(1 for layer in element.iter("backingStore") if layer.find("source") is not None),
+        backing=tuple(_path(layer) for layer in element.iterfind(".//backingStore/source")),
         block_job=element.find("mirror") is not None,
+        left_out=element.get("snapshot") == "no",
     )
 
 
+def _path(source: ET.Element) -> str:
+    return source.get("file") or source.get("dev") or ""
+
+
 def parse_snapshot(text: str) -> Snapshot:
-    """Read a snapshot's XML, as libvirt returns it."""
-    root = ET.fromstring(text)  # noqa: S314  # from libvirt, which wrote it itself
+    """Read a snapshot's XML, as libvirt returns it; raise ValueError if it cannot be understood."""
+    try:
+        root = ET.fromstring(text)  # noqa: S314  # from libvirt, which wrote it itself
+        created_at = datetime.fromtimestamp(int(root.findtext("creationTime", "0")), UTC)
+    except (ET.ParseError, OverflowError, OSError) as error:
+        raise ValueError(str(error)) from error
     name = root.findtext("name", "")
     modes = {disk.get("snapshot", "no") for disk in root.iterfind("disks/disk")}
     memory = root.find("memory")
@@ -68,10 +77,16 @@ def parse_snapshot(text: str) -> Snapshot:
     kind = Kind.INTERNAL if modes <= {"internal"} else Kind.EXTERNAL if modes == {"external"} else Kind.MIXED
     return Snapshot(
         name=name,
-        created_at=datetime.fromtimestamp(int(root.findtext("creationTime", "0")), UTC),
+        created_at=created_at,
         kind=kind,
         parent=root.findtext("parent/name"),
         mark=parse_mark(name, root.findtext("description", "")),
+        offline=root.findtext("state") == "shutoff",
+        overlays=tuple(
+            (disk.get("name", ""), _path(source))
+            for disk in root.iterfind("disks/disk[@snapshot='external']")
+            for source in disk.iterfind("source")
+        ),
     )
 
 

@@ -199,12 +199,21 @@ class LibvirtLost(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DomainThawed(Event):
-    """A guest that a broken call may have left frozen was thawed, or, with ``error``, could not be."""
+    """A guest that a broken call may have left frozen was thawed, or is gone or off."""
 
     NAME: ClassVar[str] = "domain.thawed"
     SEVERITY: ClassVar[Severity] = Severity.WARNING
     domain_uuid: str
-    error: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ThawFailed(Event):
+    """A guest that a broken call may have left frozen could not be thawed; it is tried again at every tick."""
+
+    NAME: ClassVar[str] = "domain.thaw_failed"
+    SEVERITY: ClassVar[Severity] = Severity.ERROR
+    domain_uuid: str
+    error: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

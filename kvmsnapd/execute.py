@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from kvmsnapd.errors import (
+    DomainBusyError,
     DomainLockedError,
     DomainNotFoundError,
     GuestAgentUnavailableError,
@@ -25,14 +27,15 @@ from kvmsnapd.events import (
     SnapshotDowngraded,
     SnapshotFailed,
     SnapshotTaken,
+    ThawFailed,
 )
 from kvmsnapd.model import Consistency, DomainState
-from kvmsnapd.plan import due_for, plan_run
+from kvmsnapd.plan import due_for, judge, plan_run
 from kvmsnapd.policy import ConsistencyRule
-from kvmsnapd.prune import Blocked, BlockReason, find_obstacle
+from kvmsnapd.prune import Blocked, BlockReason, find_obstacle, newest_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from datetime import datetime
 
     from kvmsnapd.events import Publish
@@ -40,17 +43,27 @@ if TYPE_CHECKING:
     from kvmsnapd.hypervisor import Hypervisor
     from kvmsnapd.model import Domain, Snapshot, TakeRequest
     from kvmsnapd.plan import Plan
+    from kvmsnapd.prune import Delete
     from kvmsnapd.state_files import DomainLocks, FreezeIntents
 
 LOCK_WAIT = timedelta(seconds=30)
 """How long a run waits for a person's command on the same domain before it is skipped and tried again later."""
 
 
+class Result(StrEnum):
+    """How one run ended."""
+
+    TAKEN = "taken"
+    NOTHING_DUE = "nothing_due"
+    SKIPPED = "skipped"
+    FAILED = "failed"
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How one run ended. ``result`` is ``taken``, ``nothing_due``, ``skipped`` or ``failed``."""
+    """What one run came to."""
 
-    result: str
+    result: Result
     scheduled_at: datetime | None = None
     snapshot: str | None = None
     deleted: int = 0
@@ -59,7 +72,7 @@ class Outcome:
     @property
     def wants_retry(self) -> bool:
         """Whether the same slot should be tried again after a while."""
-        return self.result in {"skipped", "failed"}
+        return self.result in {Result.SKIPPED, Result.FAILED}
 
 
 @dataclass
@@ -77,9 +90,9 @@ class Executor:
     publish: Publish
     clock: Callable[[], datetime]
     stopwatch: Callable[[], float]
-    # How many names of a slot must not be used again, by (pair key, slot): the outcome of a take stayed unknown, or it
-    # met a file left behind by one that was cut off.
-    _used_up: Counter[tuple[str, datetime]] = field(default_factory=Counter)
+    # Per pair, a slot and how many names of it must not be used again: the outcome of a take stayed unknown, or it met
+    # a file left behind by one that was cut off.
+    _used_up: dict[str, tuple[datetime, int]] = field(default_factory=dict)
     # Why a domain could not be thawed yet, so that the same words are published once.
     _not_thawed: dict[str, str] = field(default_factory=dict)
 
@@ -87,7 +100,7 @@ class Executor:
         """Take what is due for this pair and prune what retention then releases; report all of it as events.
 
         Nothing is assumed from before: domain, snapshots and the slot that is due are read again under the lock.
-        Errors of the hypervisor become events and an outcome; they are not raised.
+        Errors of the hypervisor and of the files we keep become events and an outcome; they are not raised.
         """
         started = self.stopwatch()
         try:
@@ -97,6 +110,8 @@ class Executor:
             outcome = self._skip(pair, "locked", str(error))
         except HypervisorError as error:
             outcome = self._skip(pair, error.reason, f"cannot read the domain: {error}; nothing was done")
+        except OSError as error:
+            outcome = self._skip(pair, "state_directory", f"cannot keep our own notes: {error}; nothing was done")
         self.publish(
             RunFinished(
                 pair=pair.name,
@@ -111,62 +126,96 @@ class Executor:
         return outcome
 
     def _run_locked(self, pair: Pair) -> Outcome:
-        policy = pair.policy
-        if self.intents.exists(pair.name.domain_uuid):
-            self._thaw(pair.name.domain_uuid)
-        domain = self.hypervisor.domain(pair.name.domain_uuid)
-        now = self.clock()
-        slot = due_for(domain, policy, now).slot
-        if slot is None:
-            return Outcome("nothing_due")
-        attempt = 1 + self._used_up[pair.name.key, slot]
-        plan = plan_run(domain, policy, self.hypervisor.capabilities(), now=now, attempt=attempt)
+        uuid = pair.name.domain_uuid
+        if self.intents.exists(uuid):
+            self._thaw(uuid)
+        plan = self._plan(pair)
+        made_room = 0
+        if plan.room:
+            made_room, _ = self._delete(pair, plan.room)
+            plan = self._plan(pair)
+        if plan.due.slot is None:
+            return Outcome(Result.NOTHING_DUE)
         if plan.refusal:
-            return self._skip(pair, plan.refusal.reason, plan.refusal.detail)
+            return replace(self._skip(pair, plan.refusal.reason, plan.refusal.detail), deleted=made_room)
         if plan.take is None:
-            return Outcome("nothing_due")
+            return Outcome(Result.NOTHING_DUE, deleted=made_room)
         taken = self._take(pair, plan.take)
         if taken is None:
-            return Outcome("failed", plan.take.mark.scheduled_at)
-        self._used_up.pop((pair.name.key, plan.take.mark.scheduled_at), None)
+            return Outcome(Result.FAILED, plan.take.mark.scheduled_at, deleted=made_room)
+        self._used_up.pop(pair.name.key, None)
         deleted, blocked = self._prune(pair, plan)
-        return Outcome("taken", plan.take.mark.scheduled_at, taken, deleted, blocked)
+        return Outcome(Result.TAKEN, plan.take.mark.scheduled_at, taken, made_room + deleted, blocked)
+
+    def _plan(self, pair: Pair) -> Plan:
+        """Read the domain and plan its run."""
+        domain = self.hypervisor.domain(pair.name.domain_uuid)
+        if self.intents.exists(domain.uuid):
+            # It may be frozen and its agent does not answer: to ask it for another freeze would only take time.
+            domain = replace(domain, agent_connected=False)
+        now = self.clock()
+        slot = due_for(domain, pair.policy, now).slot
+        used_slot, used = self._used_up.get(pair.name.key, (slot, 0))
+        attempt = 1 + (used if used_slot == slot else 0)
+        return plan_run(domain, pair.policy, self.hypervisor.capabilities(), now=now, attempt=attempt)
 
     def _skip(self, pair: Pair, reason: str, detail: str) -> Outcome:
         self.publish(RunSkipped(pair=pair.name, reason=reason, detail=detail))
-        return Outcome("skipped", pair.due.slot)
+        return Outcome(Result.SKIPPED, pair.due.slot)
 
     def _take(self, pair: Pair, request: TakeRequest) -> str | None:
         """Take the snapshot and return its name; None when it failed, which has been published."""
         try:
-            try:
-                return self._take_once(pair, request)
-            except GuestAgentUnavailableError as error:
-                if pair.policy.consistency is not ConsistencyRule.FILESYSTEM_PREFERRED:
-                    raise
-                self.publish(SnapshotDowngraded(pair=pair.name, snapshot=request.name, error=str(error)))
-                crash = replace(request, mark=replace(request.mark, consistency=Consistency.CRASH))
-                return self._take_once(pair, crash)
+            return self._take_once(pair, request)
+        except GuestAgentUnavailableError as error:
+            return self._after_agent_error(pair, request, error)
         except HypervisorError as error:
             if isinstance(error, SnapshotExistsError):
                 # libvirtd may have finished a call that was cut off on our side after we had listed the snapshots.
                 existing = _find(self.hypervisor.domain(pair.name.domain_uuid), request.name)
-                if existing and existing.mark:
+                if existing and existing.mark == request.mark:
                     return existing.name
             unknown = isinstance(error, HypervisorUnreachableError)
             if unknown or isinstance(error, SnapshotExistsError):
-                self._used_up[pair.name.key, request.mark.scheduled_at] += 1
+                self._use_up(pair, request)
             state = "whether it was taken is not known yet and will be looked up" if unknown else "none was taken"
-            self.publish(
-                SnapshotFailed(
-                    pair=pair.name,
-                    snapshot=request.name,
-                    scheduled_at=request.mark.scheduled_at,
-                    reason=error.reason,
-                    error=f"{error}; {state}",
-                )
+            return self._failed(pair, request, error, state)
+
+    def _after_agent_error(self, pair: Pair, request: TakeRequest, error: GuestAgentUnavailableError) -> str | None:
+        """Thaw; then take a crash-consistent snapshot if the policy allows one and nothing was changed."""
+        uuid = pair.name.domain_uuid
+        self._thaw(uuid)
+        active = {disk.path for disk in self.hypervisor.domain(uuid).disks}
+        left = [overlay for _, overlay in request.overlays if overlay in active]
+        if left:
+            # An agent that falls silent between freeze and thaw: libvirt 9.0 has switched the disks by then, reports
+            # error 86 and forgets the snapshot (measured).
+            self._use_up(pair, request)
+            return self._failed(pair, request, error, f"libvirt switched to {', '.join(left)} without a snapshot of it")
+        if pair.policy.consistency is not ConsistencyRule.FILESYSTEM_PREFERRED:
+            return self._failed(pair, request, error, "none was taken")
+        self.publish(SnapshotDowngraded(pair=pair.name, snapshot=request.name, error=str(error)))
+        try:
+            return self._take_once(pair, replace(request, mark=replace(request.mark, consistency=Consistency.CRASH)))
+        except HypervisorError as second:
+            self._use_up(pair, request)
+            return self._failed(pair, request, second, "whether it was taken will be looked up")
+
+    def _failed(self, pair: Pair, request: TakeRequest, error: HypervisorError, state: str) -> str | None:
+        """Publish a failed take; return what stands for its name."""
+        self.publish(
+            SnapshotFailed(
+                pair=pair.name,
+                snapshot=request.name,
+                scheduled_at=request.mark.scheduled_at,
+                reason=error.reason,
+                error=f"{error}; {state}",
             )
-            return None
+        )
+        return None
+
+    def _use_up(self, pair: Pair, request: TakeRequest) -> None:
+        self._used_up[pair.name.key] = (request.mark.scheduled_at, request.mark.attempt)
 
     def _take_once(self, pair: Pair, request: TakeRequest) -> str:
         started = self.stopwatch()
@@ -182,6 +231,7 @@ class Executor:
             self._clear_intent(pair, guarding=guarding)
             raise
         self._clear_intent(pair, guarding=guarding)
+        self._check_taken(request, snapshot)
         self.publish(
             SnapshotTaken(
                 pair=pair.name,
@@ -194,15 +244,40 @@ class Executor:
         )
         return snapshot.name
 
+    def _check_taken(self, request: TakeRequest, snapshot: Snapshot) -> None:
+        """Raise unless libvirt made what was asked for; a snapshot that would lie about itself is deleted again."""
+        if snapshot.mark != request.mark:
+            problem = "libvirt did not keep the description, so it would not be known as ours"
+        elif snapshot.offline != (request.mark.consistency is Consistency.OFFLINE):
+            problem = "the domain was started or shut off in this very moment"
+        else:
+            return
+        self.hypervisor.delete_snapshot(request.domain_uuid, snapshot.name)
+        msg = f"{snapshot.name} was taken and deleted again: {problem}"
+        raise DomainBusyError(msg, operation="snapshot_create", domain=request.domain_name)
+
     def _clear_intent(self, pair: Pair, *, guarding: bool) -> None:
         if guarding:
             self.intents.clear(pair.name.domain_uuid)
 
     def _prune(self, pair: Pair, plan: Plan) -> tuple[int, int]:
-        """Carry out the plan's deletes one by one; return how many were deleted and how many wait."""
+        """Carry out the plan's deletes after its take; return how many were deleted and how many wait."""
+        if self.intents.exists(pair.name.domain_uuid):
+            # A guest that may be frozen is not worked on further; what was to be deleted is the next run's debt.
+            done, left = 0, [Blocked(d.snapshot, BlockReason.FAILED, "the guest may be frozen") for d in plan.deletes]
+        else:
+            done, left = self._delete(pair, plan.deletes)
+        blocked = [*plan.blocked, *left]
+        if blocked:
+            counts = Counter(str(wait.reason) for wait in blocked)
+            self.publish(PruneBlocked(pair=pair.name, blocked=dict(counts), detail=blocked[0].detail))
+        return done, len(blocked)
+
+    def _delete(self, pair: Pair, deletes: Sequence[Delete]) -> tuple[int, list[Blocked]]:
+        """Delete one by one, each checked just before and after; return how many, and what has to wait."""
+        blocked: list[Blocked] = []
         deleted = 0
-        blocked = list(plan.blocked)
-        for step in plan.deletes:
+        for position, step in enumerate(deletes):
             try:
                 obstacle = self._changed(pair, step.snapshot)
                 if obstacle:
@@ -218,15 +293,14 @@ class Executor:
                 self.publish(
                     DeleteFailed(pair=pair.name, snapshot=step.snapshot, reason=error.reason, error=str(error))
                 )
-                break  # what is left is the next run's debt; a domain in trouble is not worked on further
+                # A domain in trouble is not worked on further.
+                blocked += [Blocked(left.snapshot, BlockReason.FAILED, str(error)) for left in deletes[position:]]
+                break
             deleted += 1
             self.publish(
                 SnapshotDeleted(pair=pair.name, snapshot=step.snapshot, reasons=step.reasons, duration_seconds=duration)
             )
-        if blocked:
-            counts = Counter(str(wait.reason) for wait in blocked)
-            self.publish(PruneBlocked(pair=pair.name, blocked=dict(counts), detail=blocked[0].detail))
-        return deleted, len(blocked)
+        return deleted, blocked
 
     def _changed(self, pair: Pair, name: str) -> Blocked | None:
         """Re-read the domain just before a delete; return what is in the way now, None if the delete may go on."""
@@ -234,8 +308,12 @@ class Executor:
         snapshot = _find(domain, name)
         if snapshot is None:
             return None  # gone already; deleting it again is success
-        if snapshot.mark is None or snapshot.mark.policy != pair.policy.name or snapshot.mark.held(self.clock()):
-            return Blocked(name, BlockReason.CHANGED, f"{name} was changed by somebody since the run began")
+        now = self.clock()
+        # With the slot that is due now, if it still is: then room is made for it.
+        upcoming = due_for(domain, pair.policy, now).slot
+        released = {v.point.name for v in judge(domain, pair.policy, now=now, upcoming=upcoming) if not v.keep}
+        if name not in released or name == newest_of(domain, pair.policy):
+            return Blocked(name, BlockReason.CHANGED, f"somebody changed the snapshots meanwhile, and {name} is wanted")
         busy = [disk.target for disk in domain.disks if disk.block_job]
         if busy:
             return Blocked(name, BlockReason.CHANGED, f"a block job has begun on {', '.join(busy)}")
@@ -261,11 +339,11 @@ class Executor:
         except HypervisorError as error:
             if self._not_thawed.get(uuid) != str(error):
                 self._not_thawed[uuid] = str(error)
-                self.publish(DomainThawed(domain_uuid=uuid, error=str(error)))
+                self.publish(ThawFailed(domain_uuid=uuid, error=str(error)))
             return
         self._not_thawed.pop(uuid, None)
         self.intents.clear(uuid)
-        self.publish(DomainThawed(domain_uuid=uuid, error=None))
+        self.publish(DomainThawed(domain_uuid=uuid))
 
 
 def _find(domain: Domain, name: str) -> Snapshot | None:

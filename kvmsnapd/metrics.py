@@ -47,6 +47,7 @@ class Observation:
     last_tick_at: datetime | None = None
     config_ok: bool = True
     config_loaded_at: datetime | None = None
+    freeze_intents: int = 0
     attempts: dict[str, datetime] = field(default_factory=dict)
     """When a snapshot was last tried, by pair key; in this process's lifetime."""
 
@@ -148,6 +149,11 @@ class _StateCollector:
         yield InfoMetricFamily("kvmsnapd_build", "Version of the running daemon.", {"version": __version__})
         yield _gauge("libvirt_up", "Whether libvirt answered the last time it was asked. Worry at 0.", seen.libvirt_up)
         yield _gauge(
+            "freeze_intents",
+            "Guests that a broken call may have left frozen, not thawed yet. Worry when it stays above 0.",
+            seen.freeze_intents,
+        )
+        yield _gauge(
             "config_last_reload_successful",
             "Whether the last configuration read was accepted. Worry at 0: an old one is in force.",
             seen.config_ok,
@@ -159,7 +165,7 @@ class _StateCollector:
         )
         yield _gauge(
             "scheduler_last_tick_timestamp_seconds",
-            "When all domains were last looked at. Worry when it stands still.",
+            "When the daemon last tried to look at all domains. Worry when it stands still.",
             _seconds(seen.last_tick_at),
         )
         yield from _fleet_families(seen.fleet or Fleet(_NEVER), seen.attempts)

@@ -101,11 +101,15 @@ class Snapshot:
     kind: Kind
     parent: str | None = None
     mark: Mark | None = None
+    offline: bool = False
+    """Whether libvirt says that the domain was shut off."""
+    overlays: tuple[tuple[str, str], ...] = ()
+    """For an external one, by disk target, the file that received the writes from then on."""
 
 
 @dataclass(frozen=True, slots=True)
 class Disk:
-    """One disk of a domain as its XML states it; ``path`` is the active layer, ``depth`` counts files below it."""
+    """One disk of a domain as its XML states it; ``path`` is the active layer."""
 
     target: str
     device: str = "disk"
@@ -115,13 +119,16 @@ class Disk:
     readonly: bool = False
     shareable: bool = False
     transient: bool = False
-    depth: int = 0
+    backing: tuple[str, ...] = ()
+    """The files below the active layer, topmost first; libvirt lists them for running domains only."""
     block_job: bool = False
+    left_out: bool = False
+    """The domain's own XML says ``snapshot='no'``."""
 
     @property
     def holds_state(self) -> bool:
-        """Whether losing this disk's content would lose guest state: false for media and read-only disks."""
-        return self.device in {"disk", "lun"} and not self.readonly
+        """Whether a snapshot has to cover it: not media, read-only disks, and what its owner left out."""
+        return self.device in {"disk", "lun"} and not self.readonly and not self.left_out
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +150,7 @@ class Domain(Inventory):
 
     state: DomainState = DomainState.RUNNING
     state_detail: str = "running"
+    persistent: bool = True
     disks: tuple[Disk, ...] = ()
     pflash: bool = False
     managed_save: bool = False

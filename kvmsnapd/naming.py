@@ -15,6 +15,7 @@ from kvmsnapd.errors import InvalidValueError
 from kvmsnapd.model import Consistency, Hold, Kind, Mark
 
 FORMAT_VERSION = 1
+MOST_ATTEMPTS = 99
 POLICY_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,31}$"
 """Policy names, short enough for a snapshot name of at most 64 characters.
 
@@ -105,7 +106,7 @@ def parse_mark(name: str, description: str) -> Mark | None:
             kind=Kind(fields["kind"]),
             hold=Hold(str(hold["reason"]), _aware(hold["until"]) if "until" in hold else None) if hold else None,
         )
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
 
 

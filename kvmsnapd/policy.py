@@ -97,9 +97,10 @@ def _assign_one(selectors: Mapping[str, tuple[Policy, ...]], globs: list[str], d
         purpose = Coverage.PROTECTED if selectors[pattern] else Coverage.UNPROTECTED_ON_PURPOSE
         return assigned(purpose, pattern)
 
-    for exact in (domain.name, domain.uuid):
-        if exact in selectors:
-            return decided(exact)
+    exact = [selector for selector in (domain.name, domain.uuid) if selector in selectors]
+    if exact:
+        agree = all(selectors[selector] == selectors[exact[0]] for selector in exact)
+        return decided(exact[0]) if agree else assigned(Coverage.AMBIGUOUS, *exact)
     matching = [glob for glob in globs if fnmatchcase(domain.name, glob)]
     if not matching:
         return assigned(Coverage.UNMATCHED)

@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 from kvmsnapd.model import Consistency, DomainState, Kind, Mark, TakeRequest
-from kvmsnapd.naming import format_name
+from kvmsnapd.naming import MOST_ATTEMPTS, format_name
 from kvmsnapd.policy import ConsistencyRule
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ class RefusalReason(StrEnum):
     """Why a snapshot that is due is not taken. These words are metric labels."""
 
     STATE = "state"
+    TRANSIENT = "transient"
     MANAGED_SAVE = "managed_save"
     BLOCK_JOB = "block_job"
     MIXED_KINDS = "mixed_kinds"
@@ -30,6 +31,7 @@ class RefusalReason(StrEnum):
     DISK = "disk"
     CHAIN_FULL = "chain_full"
     AGENT = "agent"
+    ATTEMPTS = "attempts"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,9 @@ def plan_take(
     taken_names = {snapshot.name for snapshot in domain.snapshots}
     while (name := format_name(policy.name, slot, attempt)) in taken_names:
         attempt += 1
-    mark = Mark(policy.name, slot, now, consistency, policy.kind, attempt)
+    if attempt > MOST_ATTEMPTS:
+        return Refusal(RefusalReason.ATTEMPTS, f"{attempt - 1} attempts at this slot failed; the next slot is tried")
+    mark = Mark(policy.name, slot, now.replace(microsecond=0), consistency, policy.kind, attempt)  # as it is written
     if policy.kind is Kind.INTERNAL:
         # CD-ROMs and read-only disks take no part by themselves; a floppy would (measured, libvirt 9.0 and 11.3).
         floppies = tuple(disk.target for disk in domain.disks if disk.device == "floppy")
@@ -88,7 +92,12 @@ def chain_depth(domain: Domain) -> int:
     A shut-off domain's XML need not list its backing chain, so its external snapshots count as well.
     """
     external = sum(snapshot.kind is not Kind.INTERNAL for snapshot in domain.snapshots)
-    return max([external, *(disk.depth for disk in domain.disks)])
+    return max([external, *(len(disk.backing) for disk in domain.disks)])
+
+
+def chain_limit(policy: Policy, capabilities: Capabilities) -> int:
+    """Return the depth at which no further overlay may be put on a chain."""
+    return min(policy.max_chain_depth, capabilities.chain_ceiling)
 
 
 def _refuse_domain(domain: Domain, policy: Policy) -> Refusal | None:
@@ -97,6 +106,12 @@ def _refuse_domain(domain: Domain, policy: Policy) -> Refusal | None:
         return Refusal(
             RefusalReason.STATE,
             f"the domain is {domain.state_detail}; start it, resume it or shut it down, then it is snapshotted again",
+        )
+    if not domain.persistent:
+        return Refusal(
+            RefusalReason.TRANSIENT,
+            "the domain is transient: when it ends libvirt forgets its snapshots and the next start would use the old "
+            f"disks; make it persistent (virsh dumpxml {domain.name} >x.xml; virsh define x.xml)",
         )
     if domain.managed_save:
         return Refusal(
@@ -128,7 +143,7 @@ def _refuse_kind(domain: Domain, policy: Policy, capabilities: Capabilities) -> 
                 RefusalReason.UNSUPPORTED,
                 f"libvirt's {capabilities.driver} driver has no external snapshots; set kind: internal in the policy",
             )
-        limit = min(policy.max_chain_depth, capabilities.chain_ceiling)
+        limit = chain_limit(policy, capabilities)
         if chain_depth(domain) >= limit:
             return Refusal(
                 RefusalReason.CHAIN_FULL,
@@ -143,7 +158,9 @@ def _refuse_kind(domain: Domain, policy: Policy, capabilities: Capabilities) -> 
                 f"libvirt {capabilities.version} takes no internal snapshot of a {domain.state} domain with UEFI "
                 "firmware; set kind: external in the policy",
             )
-        faults = [(disk, _internal_fault(disk, capabilities)) for disk in state_disks]
+        # libvirt takes internal snapshots of all writable disks or none.
+        left_out = [disk for disk in domain.disks if disk.left_out and not disk.readonly]
+        faults = [(disk, _internal_fault(disk, capabilities)) for disk in (*state_disks, *left_out)]
     unfit = [f"{disk.target} {fault}" for disk, fault in faults if fault]
     if unfit:
         return Refusal(RefusalReason.DISK, f"{'; '.join(unfit)}; no {policy.kind} snapshot can hold it")
@@ -163,6 +180,8 @@ def _external_fault(disk: Disk) -> str | None:
 def _internal_fault(disk: Disk, capabilities: Capabilities) -> str | None:
     if disk.transient:
         return "is transient"
+    if disk.left_out:
+        return "is left out by snapshot='no' in the domain's XML"
     if disk.format != "qcow2" and capabilities.internal_needs_qcow2:
         return f"has format {disk.format}, not qcow2"
     return None

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from kvmsnapd.model import DomainState, Kind
+from kvmsnapd.preflight import chain_depth, chain_limit
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from kvmsnapd.model import Capabilities, Domain
+    from kvmsnapd.model import Capabilities, Domain, Inventory, Snapshot
     from kvmsnapd.policy import Policy
     from kvmsnapd.retention import Verdict
 
@@ -26,10 +28,14 @@ class BlockReason(StrEnum):
     FUSE = "fuse"
     FOREIGN_CHILD = "foreign_child"
     BRANCH = "branch"
+    FOREIGN_LAYER = "foreign_layer"
     NEEDS_RUNNING = "needs_running"
+    LONG_PAUSE = "long_pause"
     UNSUPPORTED = "unsupported"
     CHANGED = "changed"
     """Found just before the delete: the domain is no longer as it was planned for."""
+    FAILED = "failed"
+    """libvirt did not delete it, or one before it; tried again after the next take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,15 +63,7 @@ def plan_deletes(
     More than ``max_deletes_per_run`` deletes are not carried out at all (the fuse): a shortened retention or a
     wrong clock must not empty a history at once.
     """
-    released = [v for v in verdicts if not v.keep]
-    released.reverse()
-    deletes, blocked = [], []
-    for verdict in released:
-        obstacle = find_obstacle(domain, verdict.point.name, capabilities)
-        if obstacle:
-            blocked.append(obstacle)
-        else:
-            deletes.append(Delete(verdict.point.name, verdict.reasons))
+    deletes, blocked = _split(domain, capabilities, verdicts)
     if len(deletes) > policy.max_deletes_per_run:
         detail = (
             f"{len(deletes)} deletes at once are more than max_deletes_per_run: {policy.max_deletes_per_run}; "
@@ -74,6 +72,43 @@ def plan_deletes(
         blocked += [Blocked(delete.snapshot, BlockReason.FUSE, detail) for delete in deletes]
         deletes = []
     return tuple(deletes), tuple(blocked)
+
+
+def _split(
+    domain: Domain, capabilities: Capabilities, verdicts: Iterable[Verdict]
+) -> tuple[list[Delete], list[Blocked]]:
+    """Return what retention releases, oldest first, as what can go now and what cannot."""
+    deletes, blocked = [], []
+    for verdict in reversed([verdict for verdict in verdicts if not verdict.keep]):
+        obstacle = find_obstacle(domain, verdict.point.name, capabilities)
+        if obstacle:
+            blocked.append(obstacle)
+        else:
+            deletes.append(Delete(verdict.point.name, verdict.reasons))
+    return deletes, blocked
+
+
+def plan_room(
+    domain: Domain, policy: Policy, capabilities: Capabilities, verdicts: Iterable[Verdict]
+) -> tuple[Delete, ...]:
+    """Return the deletes that make room in a full backing chain before a take, oldest first; none if they would not do.
+
+    As few as are needed, and never the policy's newest snapshot: the take may still fail.
+
+    Args:
+        verdicts: as they will be once the take has succeeded.
+    """
+    needed = chain_depth(domain) - chain_limit(policy, capabilities) + 1
+    deletes, _ = _split(domain, capabilities, verdicts)
+    newest = newest_of(domain, policy)
+    possible = [delete for delete in deletes if delete.snapshot != newest][:needed]
+    return tuple(possible) if needed <= len(possible) <= policy.max_deletes_per_run else ()
+
+
+def newest_of(inventory: Inventory, policy: Policy) -> str | None:
+    """Return the name of the policy's newest snapshot of this domain."""
+    marks = {s.name: (s.mark.scheduled_at, s.mark.attempt) for s in inventory.of_policy(policy.name) if s.mark}
+    return max(marks, key=marks.__getitem__, default=None)
 
 
 def find_obstacle(domain: Domain, name: str, capabilities: Capabilities) -> Blocked | None:
@@ -95,10 +130,28 @@ def find_obstacle(domain: Domain, name: str, capabilities: Capabilities) -> Bloc
     if foreign:
         detail = f"deleting it would merge into {foreign[0]!r}, a snapshot that kvmsnapd did not make"
         return Blocked(name, BlockReason.FOREIGN_CHILD, detail)
+    layer = _foreign_layer(domain, snapshot)
+    if layer:
+        detail = f"its overlay carries {layer}, which belongs to no snapshot libvirt knows (is a backup running?)"
+        return Blocked(name, BlockReason.FOREIGN_LAYER, detail)
     if children and domain.state is DomainState.SHUT_OFF and not capabilities.delete_external_in_chain_offline:
         detail = (
             f"libvirt {capabilities.version} deletes only the newest external snapshot of a shut-off domain; "
             "the others go when it runs"
         )
         return Blocked(name, BlockReason.NEEDS_RUNNING, detail)
+    return None
+
+
+def _foreign_layer(domain: Domain, snapshot: Snapshot) -> str | None:
+    """Return the layer that stands directly on one of the snapshot's overlays without being a known overlay itself.
+
+    Backup programs put such layers on for a while, without a record in libvirt, and copy what is below.
+    """
+    known = {path for other in domain.snapshots for _, path in other.overlays}
+    for disk in domain.disks:
+        chain = (disk.path or "", *disk.backing)
+        for above, below in pairwise(chain):
+            if (disk.target, below) in snapshot.overlays and above not in known:
+                return above
     return None

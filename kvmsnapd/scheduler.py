@@ -170,6 +170,8 @@ class JobScheduler:
                 added, changed = added + (known is None), changed + (known is not None)
             elif known[2].next_run_time != want.run_at and key not in active:
                 self._scheduler.modify_job(key, next_run_time=want.run_at)
+        # APScheduler sleeps by a clock that a step of the wall clock, or a suspended host, does not move.
+        self._scheduler.wakeup()
         return JobChanges(added, changed, removed)
 
     def active(self) -> frozenset[str]:

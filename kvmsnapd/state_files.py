@@ -42,8 +42,8 @@ class DomainLocks:
             while not _try_lock(file.fileno()):
                 if time.monotonic() >= deadline:
                     file.seek(0)
-                    holder = file.read().strip() or "another process"
-                    msg = f"domain {domain_uuid} is being worked on by {holder}; nothing was done"
+                    holder = file.read().strip() or "somebody else"
+                    msg = f"the domain is being worked on by {holder} (this is process {os.getpid()}); nothing was done"
                     raise DomainLockedError(msg)
                 time.sleep(_POLL_SECONDS)
             file.truncate(0)

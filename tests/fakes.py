@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from kvmsnapd.errors import DomainNotFoundError, HypervisorError, SnapshotExistsError
 from kvmsnapd.model import Capabilities, DomainState, Inventory, Kind, Snapshot
+from kvmsnapd.naming import format_description, parse_mark
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -70,7 +71,13 @@ class FakeHypervisor:
                 msg = f"domain moment {request.name} already exists"
                 raise SnapshotExistsError(msg, operation="snapshot_create", domain=domain.name)
             snapshot = Snapshot(
-                request.name, self.clock().replace(microsecond=0), request.mark.kind, _leaf(domain), request.mark
+                request.name,
+                self.clock().replace(microsecond=0),
+                request.mark.kind,
+                _leaf(domain),
+                parse_mark(request.name, format_description(request.mark)),
+                offline=domain.state is DomainState.SHUT_OFF,
+                overlays=request.overlays,
             )
             self._set_snapshots(domain, (*domain.snapshots, snapshot))
             return snapshot

@@ -80,7 +80,7 @@ def show_status(arguments: argparse.Namespace) -> int:
         print(f"{assignment.domain_name}: {explain_unprotected(assignment)}")
     for name, count in unmanaged.items():
         print(f"{name}: {count} snapshot(s) of a policy that no longer applies; nothing prunes them")
-    for name in fleet.missing_domains:
+    for name in () if arguments.domains else fleet.missing_domains:
         print(f"{name}: is configured, and libvirt has no such domain")
     return 0
 
@@ -184,7 +184,11 @@ def show_plan(arguments: argparse.Namespace) -> int:
     sight = _look(arguments)
     capabilities = sight.host.capabilities()
     domains = {domain.uuid: sight.host.domain(domain.uuid) for domain in sight.domains}
-    plans = [plan_run(domains[pair.name.domain_uuid], pair.policy, capabilities, now=sight.now) for pair in sight.pairs]
+    # Of a pair with nothing due now, the run of its next slot is planned.
+    plans = [
+        plan_run(domains[pair.name.domain_uuid], pair.policy, capabilities, now=max(sight.now, pair.due.run_at))
+        for pair in sight.pairs
+    ]
     if arguments.json:
         print(json.dumps([_plan_object(plan) for plan in plans], indent=2))
         return 0
@@ -195,13 +199,12 @@ def show_plan(arguments: argparse.Namespace) -> int:
 
 
 def _plan_lines(plan: Plan) -> list[str]:
-    lines = [f"{plan.domain_name}  policy {plan.policy}"]
+    lines = [f"{plan.domain_name}  policy {plan.policy}, next run {plan.due.run_at.isoformat(timespec='seconds')}"]
+    lines += [f"  delete  {step.snapshot}  to make room in the backing chain" for step in plan.room]
     if plan.take:
         lines.append(f"  take    {plan.take.name}  {plan.take.mark.kind}, {plan.take.mark.consistency}")
-    elif plan.refusal:
+    if plan.refusal and not plan.room:
         lines.append(f"  refuse  {plan.refusal.reason}: {plan.refusal.detail}")
-    else:
-        lines.append(f"  wait    until {plan.due.run_at.isoformat(timespec='seconds')}")
     deletes = {step.snapshot for step in plan.deletes}
     waits = {wait.snapshot: wait for wait in plan.blocked}
     for verdict in plan.verdicts:
@@ -226,6 +229,7 @@ def _plan_object(plan: Plan) -> dict[str, Any]:
         "consistency": str(plan.take.mark.consistency) if plan.take else None,
         "refusal": {"reason": plan.refusal.reason, "detail": plan.refusal.detail} if plan.refusal else None,
         "verdicts": [{"snapshot": v.point.name, "keep": v.keep, "reasons": list(v.reasons)} for v in plan.verdicts],
+        "room": [step.snapshot for step in plan.room],
         "deletes": [step.snapshot for step in plan.deletes],
         "blocked": [{"snapshot": b.snapshot, "reason": b.reason, "detail": b.detail} for b in plan.blocked],
     }

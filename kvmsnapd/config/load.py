@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
     from pydantic_core import ErrorDetails
 
-DEFAULT_PATH = Path("/etc/kvmsnapd/kvmsnapd.yaml")
 _LONGEST_SPLAY = timedelta(minutes=5)
 _PREFIX = "KVMSNAPD_"
 _UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")

@@ -144,7 +144,8 @@ class PolicySettings(_Section):
     splay: Duration | None = None
     """Runs of different domains are spread over this time; by default a tenth of the interval, at most 5m."""
     max_age: Annotated[Duration, AfterValidator(_positive)] | None = None
-    """Age of the newest snapshot that means trouble; by default twice the longest interval of the schedule."""
+    """Age of the newest snapshot that means trouble; by default twice the longest interval of the schedule, and the
+    splay."""
     max_deletes_per_run: Annotated[Number, Field(ge=1)] = 10
     """The fuse: a run that would delete more than this from one domain deletes nothing and reports it."""
     max_chain_depth: Annotated[Number, Field(ge=1, le=150)] = 16

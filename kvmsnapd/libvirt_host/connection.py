@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 import libvirt
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 # A hung libvirtd is noticed after about 20 seconds (measured with SIGSTOP); without keepalive calls block for ever.
 _KEEPALIVE_INTERVAL_SECONDS, _KEEPALIVE_COUNT = 5, 3
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.5, 30.0
+
+_OPEN_WITHIN_SECONDS = 10.0
 
 _event_loop_lock = threading.Lock()
 _event_loop_started = False
@@ -41,7 +44,24 @@ def start_event_loop() -> None:
 
 def _run_event_loop() -> None:
     while True:
-        libvirt.virEventRunDefaultImpl()
+        try:
+            libvirt.virEventRunDefaultImpl()
+        except libvirt.libvirtError:  # without the loop, keepalive would end for good
+            time.sleep(1)
+
+
+def _in_background(work: Callable[[], Any]) -> Future[Any]:
+    """Run ``work`` on a thread that need not end; the process does not wait for it."""
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # noqa: BLE001  # handed to whoever asks for the result
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="libvirt-open", daemon=True).start()
+    return future
 
 
 class Connection:
@@ -58,6 +78,7 @@ class Connection:
         self._stopwatch = stopwatch
         self._lock = threading.Lock()
         self._connection: Any = None
+        self._opening: Future[Any] | None = None
         self._pause = _FIRST_PAUSE_SECONDS
         self._retry_at = float("-inf")
         self._last_error = "not connected yet"
@@ -76,9 +97,16 @@ class Connection:
                 raise self._unreachable(self._last_error)
             self._connection = None
             try:
-                self._connection = self._open()
-            except libvirt.libvirtError as error:
-                self._last_error = error.get_error_message() or str(error)
+                # A libvirtd that hangs accepts connections and never answers; keepalive begins only after that.
+                self._opening = self._opening or _in_background(self._open)
+                opening, self._opening = self._opening, None
+                try:
+                    self._connection = opening.result(timeout=_OPEN_WITHIN_SECONDS)
+                except TimeoutError:
+                    self._opening = opening  # looked at again next time: a second one would hang as well
+                    raise
+            except (libvirt.libvirtError, TimeoutError) as error:
+                self._last_error = str(error) or f"no answer within {_OPEN_WITHIN_SECONDS:g} s"
                 self._retry_at = now + self._pause
                 self._pause = min(self._pause * 2, _LONGEST_PAUSE_SECONDS)
                 raise self._unreachable(self._last_error) from error

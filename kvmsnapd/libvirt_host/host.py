@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import re
 import threading
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import libvirt
 
 from kvmsnapd.domain_xml import format_request, parse_domain, parse_snapshot
-from kvmsnapd.errors import DomainNotFoundError, SnapshotNotFoundError
+from kvmsnapd.errors import DomainNotFoundError, HypervisorError, HypervisorUnreachableError, SnapshotNotFoundError
 from kvmsnapd.libvirt_host.capabilities import derive_capabilities
 from kvmsnapd.libvirt_host.connection import Connection
 from kvmsnapd.libvirt_host.translate import translated_errors
-from kvmsnapd.model import Domain, DomainState, Inventory, Kind
+from kvmsnapd.model import Domain, DomainState, Inventory, Kind, Snapshot
 
 if TYPE_CHECKING:
-    from kvmsnapd.model import Capabilities, Snapshot, TakeRequest
+    from kvmsnapd.model import Capabilities, TakeRequest
 
 # libvirtd serves five calls of one connection at a time; a sixth waits (measured), and so would keepalive.
 CALLS_IN_FLIGHT = 4
@@ -26,10 +27,12 @@ CALLS_IN_FLIGHT = 4
 _AGENT_DEADLINE_SECONDS = 30
 
 _STATES = {
-    libvirt.VIR_DOMAIN_RUNNING: "running",
-    libvirt.VIR_DOMAIN_BLOCKED: "running",
-    libvirt.VIR_DOMAIN_SHUTOFF: "shut off",
-    libvirt.VIR_DOMAIN_PAUSED: "paused",
+    libvirt.VIR_DOMAIN_RUNNING: DomainState.RUNNING,
+    libvirt.VIR_DOMAIN_BLOCKED: DomainState.RUNNING,
+    libvirt.VIR_DOMAIN_SHUTOFF: DomainState.SHUT_OFF,
+    libvirt.VIR_DOMAIN_PAUSED: DomainState.PAUSED,
+}
+_BETWEEN = {
     libvirt.VIR_DOMAIN_SHUTDOWN: "shutting down",
     libvirt.VIR_DOMAIN_CRASHED: "crashed",
     libvirt.VIR_DOMAIN_PMSUSPENDED: "suspended by its guest",
@@ -69,8 +72,8 @@ class LibvirtHost:
     def inventory(self) -> tuple[Inventory, ...]:
         """See the port.
 
-        Names are listed anew each time. The XML of a snapshot is read when its name is first seen: name, creation
-        time and mark are what it was made with. Decisions to delete read it again, through :meth:`domain`.
+        Names are listed anew each time, the XML of a snapshot is read when its name is first seen. What it says can
+        change later (``virsh snapshot-edit``); :meth:`domain`, which each run begins with, reads it again.
         """
         connection = self._reading.get()
         found: list[Inventory] = []
@@ -84,6 +87,11 @@ class LibvirtHost:
                     snapshots = tuple(self._cheap_snapshots(uuid, handle))
             except DomainNotFoundError:
                 continue
+            except HypervisorUnreachableError:
+                raise
+            except HypervisorError:
+                # One domain in trouble must not hide all others; its own run meets the error again and reports it.
+                snapshots = tuple(s for (owner, _), s in self._known.items() if owner == uuid)
             known.update({(uuid, snapshot.name): snapshot for snapshot in snapshots})
             found.append(Inventory(uuid, name, snapshots))
         self._known = known
@@ -105,12 +113,15 @@ class LibvirtHost:
             handle = connection.lookupByUUIDString(uuid)
             state, detail = _describe_state(*handle.state())
             document = parse_domain(handle.XMLDesc(0))
+            snapshots = tuple(s for s in map(_read_snapshot, handle.listAllSnapshots(0)) if s)
+            self._known.update({(uuid, snapshot.name): snapshot for snapshot in snapshots})
             return Domain(
                 uuid=uuid,
                 name=handle.name(),
-                snapshots=tuple(s for s in map(_read_snapshot, handle.listAllSnapshots(0)) if s),
+                snapshots=snapshots,
                 state=state,
                 state_detail=detail,
+                persistent=bool(handle.isPersistent()),
                 disks=document.disks,
                 pflash=document.pflash,
                 managed_save=bool(handle.hasManagedSaveImage(0)),
@@ -146,7 +157,9 @@ class LibvirtHost:
     def thaw(self, domain_uuid: str) -> None:
         """See the port. fsThaw is idempotent."""
         with self._in_flight, translated_errors("thaw", domain=domain_uuid):
-            self._writing.get().lookupByUUIDString(domain_uuid).fsThaw()
+            handle = self._writing.get().lookupByUUIDString(domain_uuid)
+            handle.agentSetResponseTimeout(_AGENT_DEADLINE_SECONDS, 0)
+            handle.fsThaw()
 
     def close(self) -> None:
         """Close the connections."""
@@ -160,18 +173,18 @@ def read_only_uri(uri: str) -> str:
 
 
 def _read_snapshot(snapshot: Any) -> Snapshot | None:  # noqa: ANN401
-    """Read one snapshot; None if it vanished since it was listed."""
+    """Read one snapshot; None if it vanished since it was listed. One we do not understand is foreign and mixed."""
     try:
         with translated_errors("read_snapshot"):
             return parse_snapshot(snapshot.getXMLDesc(0))
     except SnapshotNotFoundError:
         return None
+    except ValueError:
+        return Snapshot(snapshot.getName(), datetime.fromtimestamp(0, UTC), Kind.MIXED)
 
 
 def _describe_state(state: int, reason: int) -> tuple[DomainState, str]:
-    words = _STATES.get(state, f"in state {state}")
     if state == libvirt.VIR_DOMAIN_PAUSED and reason != libvirt.VIR_DOMAIN_PAUSED_USER:
         return DomainState.UNSETTLED, _PAUSES.get(reason, f"paused for reason {reason}")
-    if words in {"running", "paused", "shut off"}:
-        return DomainState(words), words
-    return DomainState.UNSETTLED, words
+    settled = _STATES.get(state)
+    return (settled, settled) if settled else (DomainState.UNSETTLED, _BETWEEN.get(state, f"in state {state}"))

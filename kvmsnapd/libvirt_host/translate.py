@@ -30,7 +30,6 @@ _ERRORS: dict[int, type[HypervisorError]] = {
     libvirt.VIR_ERR_BLOCK_COPY_ACTIVE: DomainBusyError,
     libvirt.VIR_ERR_AGENT_UNRESPONSIVE: GuestAgentUnavailableError,
     libvirt.VIR_ERR_AGENT_UNSYNCED: GuestAgentUnavailableError,
-    libvirt.VIR_ERR_ARGUMENT_UNSUPPORTED: GuestAgentUnavailableError,  # no agent channel in the domain's XML
     _AGENT_COMMAND_TIMEOUT: GuestAgentUnavailableError,
     _AGENT_COMMAND_FAILED: GuestAgentUnavailableError,
 }
@@ -53,6 +52,8 @@ def translated_errors(operation: str, *, domain: str | None = None) -> Iterator[
         code = error.get_error_code()
         if error.get_error_domain() in {libvirt.VIR_FROM_RPC, libvirt.VIR_FROM_REMOTE}:
             kind: type[HypervisorError] = HypervisorUnreachableError
+        elif code == libvirt.VIR_ERR_ARGUMENT_UNSUPPORTED and "agent" in str(error):
+            kind = GuestAgentUnavailableError  # no agent channel in the domain's XML
         elif code in _EXISTS and "already exists" in str(error):
             kind = SnapshotExistsError
         else:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-_WITHIN_S = 60.0
+_WITHIN_S = 40.0
 
 
 @dataclass

@@ -446,10 +446,10 @@ def test_list_shows_own_held_foreign_and_unmanaged_with_reasons(
 
 
 def test_plan_shows_take_keep_and_delete(capsys: Capture, write: Write, shared_host: SharedHost) -> None:
-    names = [shared_host.take(datetime(year, 1, 1, tzinfo=UTC)) for year in (2000, 2001)]
+    names = [shared_host.take(datetime(THIS_YEAR.year - ago, 1, 1, tzinfo=UTC)) for ago in (2, 1)]
     new = format_name("standard", THIS_YEAR)
     assert answer(capsys, "plan", "--config", write(CONFIG), "--connect", DEFAULT_HOST) == (
-        "test  policy standard\n"
+        f"test  policy standard, next run {THIS_YEAR.isoformat()}\n"
         f"  take    {new}  internal, memory\n"
         f"  keep    {new}  last #1\n"
         f"  keep    {names[1]}  last #2\n"
@@ -459,12 +459,17 @@ def test_plan_shows_take_keep_and_delete(capsys: Capture, write: Write, shared_h
     assert len(shared_host.domain.listAllSnapshots(0)) == 2
 
 
-def test_plan_says_until_when_it_waits(capsys: Capture, write: Write, shared_host: SharedHost) -> None:
-    name = shared_host.take(THIS_YEAR)
+def test_of_a_pair_with_nothing_due_the_next_run_is_planned(
+    capsys: Capture, write: Write, shared_host: SharedHost
+) -> None:
+    names = [shared_host.take(at) for at in (LAST_YEAR, THIS_YEAR)]
+    next_year = datetime(THIS_YEAR.year + 1, 1, 1, tzinfo=UTC)
     assert answer(capsys, "plan", "--config", write(CONFIG), "--connect", DEFAULT_HOST) == (
-        "test  policy standard\n"
-        f"  wait    until {THIS_YEAR.year + 1}-01-01T00:00:00+00:00\n"
-        f"  keep    {name}  last #1\n"
+        f"test  policy standard, next run {next_year.isoformat()}\n"
+        f"  take    {format_name('standard', next_year)}  internal, memory\n"
+        f"  keep    {format_name('standard', next_year)}  last #1\n"
+        f"  keep    {names[1]}  last #2\n"
+        f"  delete  {names[0]}  last=2 used up\n"
         "Nothing was changed.\n"
     )
 
@@ -472,16 +477,17 @@ def test_plan_says_until_when_it_waits(capsys: Capture, write: Write, shared_hos
 def test_plan_does_not_show_deletes_of_a_run_that_takes_nothing(
     capsys: Capture, write: Write, shared_host: SharedHost
 ) -> None:
-    for year in (2000, 2001, THIS_YEAR.year):
+    for year in (2000, 2001, 2002):
         shared_host.take(datetime(year, 1, 1, tzinfo=UTC))
-    text = answer(capsys, "plan", "--config", write(CONFIG), "--connect", DEFAULT_HOST)
+    config = write(CONFIG.replace("kind: internal", "kind: external"))
+    text = answer(capsys, "plan", "--config", config, "--connect", DEFAULT_HOST)
     assert "  delete  " not in text
 
 
 def test_plan_shows_a_refusal_with_its_reason(capsys: Capture, write: Write) -> None:
     config = write(CONFIG.replace("kind: internal", "kind: external"))
     assert answer(capsys, "plan", "--config", config, "--connect", DEFAULT_HOST) == (
-        "test  policy standard\n"
+        f"test  policy standard, next run {THIS_YEAR.isoformat()}\n"
         "  refuse  unsupported: libvirt's test driver has no external snapshots; set kind: internal in the policy\n"
         "Nothing was changed.\n"
     )
@@ -495,7 +501,7 @@ def test_plan_shows_what_waits(capsys: Capture, write: Write, shared_host: Share
 
 
 def test_plan_as_json(capsys: Capture, write: Write, shared_host: SharedHost) -> None:
-    names = [shared_host.take(datetime(year, 1, 1, tzinfo=UTC)) for year in (2000, 2001)]
+    names = [shared_host.take(datetime(THIS_YEAR.year - ago, 1, 1, tzinfo=UTC)) for ago in (2, 1)]
     new = format_name("standard", THIS_YEAR)
     arguments = ["plan", "--json", "--config", write(CONFIG), "--connect", DEFAULT_HOST]
     assert json.loads(answer(capsys, *arguments)) == [
@@ -512,6 +518,7 @@ def test_plan_as_json(capsys: Capture, write: Write, shared_host: SharedHost) ->
                 {"snapshot": names[1], "keep": True, "reasons": ["last #2"]},
                 {"snapshot": names[0], "keep": False, "reasons": ["last=2 used up"]},
             ],
+            "room": [],
             "deletes": [names[0]],
             "blocked": [],
         }

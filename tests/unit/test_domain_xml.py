@@ -150,7 +150,18 @@ def a_document(*devices: str, loader: str = "") -> DomainDocument:
     ("xml", "disk"),
     [
         (SINGLE, Disk("vda", path="/images/web1.qcow2")),
-        (CHAIN_OF_THREE, Disk("vda", path=f"/images/web1.vda.{NAME}.qcow2", depth=3)),
+        (
+            CHAIN_OF_THREE,
+            Disk(
+                "vda",
+                path=f"/images/web1.vda.{NAME}.qcow2",
+                backing=(
+                    "/images/web1.vda.kvmsnapd-standard-20261122T110000Z.qcow2",
+                    "/images/web1.vda.before-upgrade.qcow2",
+                    "/images/web1.img",
+                ),
+            ),
+        ),
         (CDROM, Disk("sda", "cdrom", path="/iso/install.iso", format="raw", readonly=True)),
         (EMPTY_CDROM, Disk("sdb", "cdrom", path=None, format="raw", readonly=True)),
         (FLOPPY, Disk("fda", "floppy", path="/images/drivers.img", format="raw")),
@@ -160,7 +171,7 @@ def a_document(*devices: str, loader: str = "") -> DomainDocument:
         (SHARED, Disk("vde", path="/images/quorum.img", format="raw", shareable=True)),
         (TRANSIENT, Disk("vdf", path="/images/scratch.qcow2", transient=True)),
         (WITHOUT_DRIVER, Disk("hda", path="/guest/diskimage1", format="raw")),
-        (MIRRORED, Disk("vda", path="/images/web1.overlay.qcow2", depth=1, block_job=True)),
+        (MIRRORED, Disk("vda", path="/images/web1.overlay.qcow2", backing=("/images/web1.qcow2",), block_job=True)),
     ],
     ids=lambda value: "" if isinstance(value, str) else value.target,
 )

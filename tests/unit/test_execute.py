@@ -27,6 +27,7 @@ from kvmsnapd.events import (
     SnapshotDowngraded,
     SnapshotFailed,
     SnapshotTaken,
+    ThawFailed,
 )
 from kvmsnapd.execute import Executor, Outcome
 from kvmsnapd.fleet import survey
@@ -171,16 +172,20 @@ def test_a_silent_agent_fails_where_the_policy_requires(tmp_path: Path) -> None:
 
 
 def test_an_agent_that_may_still_freeze_is_thawed_until_it_answers(bench: Bench) -> None:
-    bench.fake.before["take_snapshot"] = [raising(agent_silent())]
-    bench.run()
-    bench.fake.frozen.add(bench.uuid)
-    assert bench.intents.outstanding() == [bench.uuid]
+    def freeze_and_fail() -> None:
+        bench.fake.frozen.add(bench.uuid)
+        raise agent_silent()
+
+    bench.fake.before["take_snapshot"] = [freeze_and_fail]
     bench.fake.before["thaw"] = [raising(agent_silent()), raising(agent_silent())]
-    for _ in range(3):
+    bench.run()
+    assert bench.intents.outstanding() == [bench.uuid]
+    for _ in range(2):
         bench.executor.thaw_leftovers()
     assert bench.intents.outstanding() == []
     assert bench.fake.frozen == set()
-    assert [event.error for event in bench.said(DomainThawed)] == ["agent did not answer", None]
+    assert [event.error for event in bench.said(ThawFailed)] == ["agent did not answer"]
+    assert len(bench.said(DomainThawed)) == 1
 
 
 def test_a_run_thaws_a_domain_that_an_earlier_one_may_have_left_frozen(bench: Bench) -> None:
@@ -371,3 +376,119 @@ def test_a_month_of_hours_with_failures_takes_no_slot_twice(tmp_path: Path) -> N
         bench.now += HOUR
     assert len(taken) == len(set(taken)) == 24 * 30
     assert len(bench.names) <= 7
+
+
+def test_a_guest_left_frozen_by_a_silent_agent_is_thawed_before_anything_else(bench: Bench) -> None:
+    def freeze_and_fail() -> None:
+        bench.fake.frozen.add(bench.uuid)
+        raise agent_silent()
+
+    bench.fake.before["take_snapshot"] = [freeze_and_fail]
+    assert bench.run().result == "taken"
+    assert bench.fake.frozen == set()
+    operations = [call[0] for call in bench.fake.calls if call[0] in {"take_snapshot", "thaw"}]
+    assert operations == ["take_snapshot", "thaw", "take_snapshot"]
+
+
+def test_nothing_is_pruned_while_a_guest_may_be_frozen(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, a_policy(keep="last=1"))
+    bench.fake.add(replace(bench.fake.domains[bench.uuid], snapshots=(a_snapshot(NOON - HOUR),)))
+    bench.fake.before["take_snapshot"] = [raising(agent_silent())]
+    bench.fake.before["thaw"] = [raising(agent_silent())]
+    outcome = bench.run()
+    assert (outcome.result, outcome.deleted, outcome.blocked) == ("taken", 0, 1)
+    assert bench.said(PruneBlocked)[0].blocked == {"failed": 1}
+
+
+def test_disks_switched_without_a_snapshot_are_reported_and_not_snapshotted_again(bench: Bench) -> None:
+    request = the_request(bench)
+
+    def switch_and_fail() -> None:
+        domain = bench.fake.domains[bench.uuid]
+        ((_, overlay),) = request.overlays
+        bench.fake.add(replace(domain, disks=(replace(domain.disks[0], path=overlay),)))
+        raise agent_silent()
+
+    bench.fake.before["take_snapshot"] = [switch_and_fail]
+    assert bench.run().result == "failed"
+    assert "without a snapshot of it" in bench.said(SnapshotFailed)[0].error
+    assert bench.run().snapshot == format_name("standard", NOON, 2)
+
+
+def test_a_snapshot_a_person_deleted_meanwhile_is_not_missed_by_deleting_the_last_one(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, a_policy(keep="last=1"))
+    older = a_snapshot(NOON - HOUR)
+    bench.fake.add(replace(bench.fake.domains[bench.uuid], snapshots=(older,)))
+
+    def delete_the_new_one() -> None:
+        bench.fake.add(replace(bench.fake.domains[bench.uuid], snapshots=(older,)))
+
+    bench.fake.before["domain"] = [lambda: None, lambda: None, delete_the_new_one]
+    bench.run()
+    assert bench.names == [older.name]
+
+
+def test_a_full_chain_is_given_room_by_the_snapshots_that_retention_releases(tmp_path: Path) -> None:
+    """A guest on libvirt 9.0 that was off for a day and could not be pruned meanwhile gets out of it by itself."""
+    bench = Bench(tmp_path, a_policy(keep="last=2 hourly=6", max_chain_depth=16))
+    bench.fake.limits = replace(bench.fake.limits, delete_external_in_chain_offline=False)
+    bench.fake.add(replace(bench.fake.domains[bench.uuid], state=DomainState.SHUT_OFF))
+    for _ in range(24):
+        bench.run()
+        bench.now += HOUR
+    assert len(bench.names) == 16
+    assert bench.said(RunSkipped)[-1].reason == "chain_full"
+    bench.fake.add(replace(bench.fake.domains[bench.uuid], state=DomainState.RUNNING))
+    results = []
+    for _ in range(12):
+        results.append(bench.run().result)
+        bench.now += HOUR
+    assert set(results) == {"taken"}
+    assert len(bench.names) < 16
+
+
+def test_room_is_never_made_by_deleting_the_newest(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, a_policy(keep="last=1", max_chain_depth=1))
+    bench.fake.add(replace(bench.fake.domains[bench.uuid], snapshots=(a_snapshot(NOON - HOUR),)))
+    assert bench.run().result == "skipped"
+    assert bench.names == [a_snapshot(NOON - HOUR).name]
+
+
+def test_after_a_long_pause_or_a_clock_that_jumped_the_first_run_deletes_nothing(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, a_policy(keep="within=6h"))
+    for _ in range(5):
+        bench.run()
+        bench.now += HOUR
+    before = bench.names
+    bench.now += timedelta(days=3650)
+    outcome = bench.run()
+    assert (outcome.result, outcome.deleted, outcome.blocked) == ("taken", 0, 5)
+    assert bench.names[:5] == before
+    assert bench.said(PruneBlocked)[0].blocked == {"long_pause": 5}
+
+
+def test_a_guest_started_in_the_moment_of_its_take_gets_no_snapshot_that_lies(bench: Bench) -> None:
+    bench.fake.add(replace(bench.fake.domains[bench.uuid], state=DomainState.SHUT_OFF))
+    running = replace(bench.fake.domains[bench.uuid], state=DomainState.RUNNING)
+    bench.fake.before["take_snapshot"] = [lambda: void(bench.fake.add(running))]
+    assert bench.run().result == "failed"
+    assert "started or shut off in this very moment" in bench.said(SnapshotFailed)[0].error
+    assert bench.names == []
+
+
+def test_notes_that_cannot_be_written_skip_the_run_with_a_reason(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_uuid: str) -> bool:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(bench.intents, "record", full)
+    assert bench.run().result == "skipped"
+    assert bench.said(RunSkipped)[0].reason == "state_directory"
+    assert bench.names == []
+
+
+def test_a_slot_is_given_up_after_as_many_attempts_as_a_name_can_count(bench: Bench) -> None:
+    for _ in range(120):
+        bench.fake.before["take_snapshot"] = [raising(unreachable())]
+        bench.run()
+    assert bench.said(RunSkipped)[-1].reason == "attempts"
+    assert len(bench.executor._used_up) == 1

@@ -44,8 +44,9 @@ def test_a_uuid_beats_every_pattern() -> None:
     assert assign_one({"web-*": (HOURLY,), UUID: (DAILY,)})[1] == ["daily"]
 
 
-def test_a_name_beats_the_uuid() -> None:
-    assert assign_one({UUID: (HOURLY,), "web-1": (DAILY,)})[1] == ["daily"]
+def test_a_name_and_a_uuid_that_disagree_are_ambiguous() -> None:
+    assert assign_one({UUID: (HOURLY,), "web-1": (DAILY,)})[:2] == (Coverage.AMBIGUOUS, [])
+    assert assign_one({UUID: (DAILY,), "web-1": (DAILY,)})[1] == ["daily"]
 
 
 def test_of_patterns_the_most_specific_wins() -> None:

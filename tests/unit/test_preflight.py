@@ -56,6 +56,11 @@ def refusal(domain: Domain, policy: Policy | None = None, capabilities: Capabili
 # Refusals
 
 
+def layers(count: int) -> tuple[str, ...]:
+    """Return so many files below an active layer."""
+    return tuple(f"/images/layer{number}" for number in range(count))
+
+
 def test_an_unsettled_domain_is_refused() -> None:
     domain = a_domain(state=DomainState.UNSETTLED, state_detail="paused by a save that did not finish")
     assert refusal(domain) == Refusal(
@@ -126,7 +131,7 @@ def test_a_driver_without_external_snapshots_is_refused_with_the_setting_that_he
 
 
 def test_a_full_chain_is_refused() -> None:
-    domain = a_domain(*hourly_snapshots(4), disks=(a_disk(depth=4),))
+    domain = a_domain(*hourly_snapshots(4), disks=(a_disk(backing=layers(4)),))
     assert refusal(domain, a_policy(max_chain_depth=4)) == Refusal(
         RefusalReason.CHAIN_FULL,
         "the backing chain is 4 deep and the limit is 4; keep fewer snapshots, or delete some by hand (virsh "
@@ -135,17 +140,17 @@ def test_a_full_chain_is_refused() -> None:
 
 
 def test_a_chain_with_room_for_one_is_not_refused() -> None:
-    request(a_domain(*hourly_snapshots(3), disks=(a_disk(depth=3),)), a_policy(max_chain_depth=4))
+    request(a_domain(*hourly_snapshots(3), disks=(a_disk(backing=layers(3)),)), a_policy(max_chain_depth=4))
 
 
 def test_a_chain_never_exceeds_what_this_libvirt_can_start() -> None:
-    domain = a_domain(disks=(a_disk(depth=24),))
+    domain = a_domain(disks=(a_disk(backing=layers(24)),))
     capabilities = Capabilities("qemu", "11.3.0", chain_ceiling=24)
     assert refusal(domain, a_policy(max_chain_depth=100), capabilities).reason is RefusalReason.CHAIN_FULL
 
 
 def test_a_chain_is_as_deep_as_its_deepest_disk() -> None:
-    assert chain_depth(a_domain(disks=(a_disk("vda", depth=1), a_disk("vdb", depth=5)))) == 5
+    assert chain_depth(a_domain(disks=(a_disk("vda", backing=layers(1)), a_disk("vdb", backing=layers(5))))) == 5
 
 
 def test_foreign_overlays_count_for_the_chain() -> None:

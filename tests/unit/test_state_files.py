@@ -48,7 +48,7 @@ def test_a_lock_excludes_another_process_and_names_it(tmp_path: Path) -> None:
     locks = DomainLocks(tmp_path)
     with (
         another_process_holds(tmp_path, UUID) as process,
-        pytest.raises(DomainLockedError, match=rf"being worked on by process {process.pid}; nothing was done"),
+        pytest.raises(DomainLockedError, match=rf"being worked on by process {process.pid} "),
         locks.hold(UUID, wait=AT_ONCE),
     ):
         pass
