@@ -335,3 +335,27 @@ def test_names_with_special_characters_are_escaped() -> None:
 
 def test_a_request_is_read_back_as_a_snapshot_of_ours() -> None:
     assert parse_snapshot(format_request(a_request(overlays=(("vda", "/images/a.qcow2"),)))).mark == MARK
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "<domainsnapshot>",
+        "<domainsnapshot><creationTime>x</creationTime></domainsnapshot>",
+        "<domainsnapshot><creationTime>99999999999999</creationTime></domainsnapshot>",
+    ],
+)
+def test_a_snapshot_that_cannot_be_understood_is_a_value_error(text: str) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        parse_snapshot(text)
+
+
+def test_a_disk_left_out_by_its_owner_and_the_overlays_of_a_snapshot_are_read() -> None:
+    (disk,) = parse_domain("<domain><devices><disk snapshot='no'><target dev='vdb'/></disk></devices></domain>").disks
+    assert disk.left_out
+    snapshot = parse_snapshot(
+        "<domainsnapshot><name>s</name><state>shutoff</state><disks><disk name='vda' snapshot='external' type='file'>"
+        "<source file='/images/o.qcow2'/></disk><disk name='vdb' snapshot='no'/></disks></domainsnapshot>"
+    )
+    assert (snapshot.offline, snapshot.overlays) == (True, (("vda", "/images/o.qcow2"),))

@@ -368,3 +368,20 @@ def test_a_long_domain_name_still_gives_a_file_name_the_file_system_takes() -> N
 def test_two_domains_in_one_folder_get_different_overlays(one: str, other: str) -> None:
     domains = a_domain(name=one, uuid="1111"), a_domain(name=other, uuid="2222")
     assert overlay_path(domains[0], a_disk(), NAME) != overlay_path(domains[1], a_disk(), NAME)
+
+
+def test_a_transient_domain_is_refused() -> None:
+    assert refusal(a_domain(persistent=False)).reason is RefusalReason.TRANSIENT
+
+
+def test_a_disk_its_owner_left_out_takes_no_part_in_an_external_snapshot() -> None:
+    disks = (a_disk("vda"), a_disk("vdb", left_out=True))
+    asked = request(a_domain(disks=disks))
+    assert [target for target, _ in asked.overlays] == ["vda"]
+    assert asked.excluded == ("vdb",)
+
+
+def test_a_disk_its_owner_left_out_makes_an_internal_snapshot_impossible() -> None:
+    found = refusal(a_domain(disks=(a_disk("vda"), a_disk("vdb", left_out=True))), INTERNAL)
+    assert found.reason is RefusalReason.DISK
+    assert "vdb is left out by snapshot='no'" in found.detail

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,6 +14,7 @@ from tests.builders import (
     ANY_LIBVIRT,
     NOW,
     a_chain,
+    a_disk,
     a_domain,
     a_foreign_snapshot,
     a_policy,
@@ -205,3 +207,19 @@ def test_blocked_snapshots_do_not_hold_up_the_others() -> None:
     policy = a_policy(keep="last=2")
     assert deleted(domain, policy) == [snapshots[1].name]
     assert waiting(domain, policy) == {snapshots[0].name: BlockReason.BRANCH}
+
+
+def test_an_overlay_that_carries_an_unknown_layer_is_not_merged() -> None:
+    ours = replace(a_snapshot(), overlays=(("vda", "/images/ours"),))
+    disk = a_disk("vda", path="/images/backup", backing=("/images/ours", "/images/base"))
+    found = find_obstacle(a_domain(ours, disks=(disk,)), ours.name, ANY_LIBVIRT)
+    assert found is not None
+    assert (found.reason, "/images/backup" in found.detail) == (BlockReason.FOREIGN_LAYER, True)
+
+
+def test_an_overlay_below_a_known_one_may_be_merged() -> None:
+    older, newer = a_chain(a_snapshot("2026-11-22T11:00"), a_snapshot("2026-11-22T12:00"))
+    older = replace(older, overlays=(("vda", "/images/older"),))
+    newer = replace(newer, overlays=(("vda", "/images/newer"),))
+    disk = a_disk("vda", path="/images/newer", backing=("/images/older", "/images/base"))
+    assert find_obstacle(a_domain(older, newer, disks=(disk,)), older.name, ANY_LIBVIRT) is None
