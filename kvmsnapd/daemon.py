@@ -44,13 +44,11 @@ DRAIN = timedelta(seconds=60)
 _SHORTEST_TICK_SECONDS = 1.0
 """Runs that end ask for a tick, so that metrics are fresh; many at once must not cause as many."""
 
-
 _RECONNECT_SECONDS = 2.0
 """How often a lost libvirt is asked for; the connection itself spaces its attempts out further."""
 
 _FIXED = ("connect", "workers", "metrics", "state_directory", "runtime_directory")
 """Settings that a reload does not change; they need a restart, which the log then says."""
-
 
 _CLOCK_TOLERANCE = timedelta(minutes=1)
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)

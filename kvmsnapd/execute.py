@@ -109,9 +109,9 @@ class Executor:
         except DomainLockedError as error:
             outcome = self._skip(pair, "locked", str(error))
         except HypervisorError as error:
-            outcome = self._skip(pair, error.reason, f"cannot read the domain: {error}; nothing was done")
+            outcome = self._skip(pair, error.reason, f"the domain cannot be read: {error}")
         except OSError as error:
-            outcome = self._skip(pair, "state_directory", f"cannot keep our own notes: {error}; nothing was done")
+            outcome = self._skip(pair, "state_directory", f"our own notes cannot be kept: {error}")
         self.publish(
             RunFinished(
                 pair=pair.name,
@@ -134,8 +134,6 @@ class Executor:
         if plan.room:
             made_room, _ = self._delete(pair, plan.room)
             plan = self._plan(pair)
-        if plan.due.slot is None:
-            return Outcome(Result.NOTHING_DUE)
         if plan.refusal:
             return replace(self._skip(pair, plan.refusal.reason, plan.refusal.detail), deleted=made_room)
         if plan.take is None:
@@ -173,7 +171,7 @@ class Executor:
             if isinstance(error, SnapshotExistsError):
                 # libvirtd may have finished a call that was cut off on our side after we had listed the snapshots.
                 existing = _find(self.hypervisor.domain(pair.name.domain_uuid), request.name)
-                if existing and existing.mark == request.mark:
+                if existing and existing.mark:  # ours: for a person's snapshot of this name it would be None
                     return existing.name
             unknown = isinstance(error, HypervisorUnreachableError)
             if unknown or isinstance(error, SnapshotExistsError):

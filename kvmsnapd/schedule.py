@@ -71,7 +71,7 @@ class Schedule:
 
     def latest_slot(self, at: datetime) -> datetime:
         """Return the last slot at or before ``at``."""
-        window = self.every or self.longest_interval
+        window = self.shortest_interval  # and more only where the schedule pauses, or dense ones would take long
         while True:
             latest = None
             for slot in self.slots_after(at - window - _SECOND):

@@ -256,7 +256,9 @@ def the_request(bench: Bench) -> TakeRequest:
 
 
 def test_a_take_finished_by_an_earlier_process_counts_as_taken(bench: Bench) -> None:
-    bench.fake.before["take_snapshot"] = [lambda: void(bench.fake.finish_take(the_request(bench)))]
+    earlier = the_request(bench)
+    bench.now += timedelta(seconds=20)
+    bench.fake.before["take_snapshot"] = [lambda: void(bench.fake.finish_take(earlier))]
     assert bench.run() == Outcome("taken", NOON, format_name("standard", NOON))
     assert bench.names == [format_name("standard", NOON)]
 
