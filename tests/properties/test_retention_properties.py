@@ -47,7 +47,7 @@ def test_every_point_gets_one_verdict_with_reasons_newest_first(
 
 
 def reference(points: list[Point], keep: KeepRules, zone: ZoneInfo) -> set[str]:
-    """Say the rule of DESIGN once more, as plainly and slowly as possible: groups by period, then newest of each."""
+    """Say the rule once more, as plainly and slowly as possible: groups by period, then newest of each."""
     order = sorted((p for p in points if p.at <= NOW), key=lambda p: p.at, reverse=True)
     survivors = {p.name for p in points if p.at > NOW} | {p.name for p in order[: keep.last]}
     formats = {"hourly": "%Y-%m-%d %H %z", "daily": "%Y-%m-%d", "weekly": "%G-%V", "monthly": "%Y-%m", "yearly": "%Y"}

@@ -251,3 +251,21 @@ def test_a_transient_guest_is_left_alone_with_a_reason(
     (skipped, *_) = daemon.wait_for(lambda: daemon.events("run.skipped"))
     assert skipped["reason"] == "transient"
     assert guest.active_image() == guest.images[0]
+
+
+def test_a_hung_libvirtd_is_noticed_and_found_again(
+    make_guest: Callable[..., Guest], start_daemon: Callable[[str], DaemonProcess], libvirtd: Libvirtd
+) -> None:
+    guest = make_guest()
+    daemon = start_daemon(policy(guest, every="2s", keep="last: 2"))
+    daemon.wait_for(lambda: daemon.metrics()["kvmsnapd_libvirt_up",] == 1)
+    assert libvirtd.pid is not None
+    os.kill(libvirtd.pid, signal.SIGSTOP)
+    try:
+        daemon.wait_for(lambda: daemon.metrics()["kvmsnapd_libvirt_up",] == 0)
+    finally:
+        os.kill(libvirtd.pid, signal.SIGCONT)
+    back_at = datetime.now(UTC)
+    daemon.wait_for(lambda: [slot for slot in slots(guest) if slot > back_at])
+    assert daemon.metrics()["kvmsnapd_libvirt_up",] == 1
+    assert daemon.kill(signal.SIGTERM) == 0

@@ -7,6 +7,8 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from datetime import datetime, timedelta
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import pytest
@@ -135,3 +137,30 @@ def test_an_unreachable_libvirt_is_waited_for_and_told(tmp_path: Path) -> None:
     daemon.wait_for(lambda: daemon.events("libvirt.lost"))
     assert daemon.metrics()["kvmsnapd_libvirt_up",] == 0
     assert daemon.kill(signal.SIGTERM) == 0
+
+
+def test_a_missed_slot_that_is_not_to_be_caught_up_is_told_once_and_not_taken(tmp_path: Path) -> None:
+    policies = (
+        "policies:\n  p: {schedule: yearly, keep: {last: 1}, kind: internal, catch_up: skip}\ndomains: {db01: [p]}\n"
+    )
+    daemon = DaemonProcess(tmp_path / "daemon", write_test_host(tmp_path, {"db01": True}), policies)
+    daemon.start()
+    daemon.wait_for(lambda: daemon.metrics()["kvmsnapd_runs_skipped_total", "db01", "p", "misfire"] == 1)
+    ticked_at = daemon.metrics()["kvmsnapd_scheduler_last_tick_timestamp_seconds",]
+    daemon.wait_for(lambda: daemon.metrics()["kvmsnapd_scheduler_last_tick_timestamp_seconds",] > ticked_at + 1)
+    assert len(daemon.events("run.skipped")) == 1
+    assert daemon.events("snapshot.taken") == []
+    daemon.kill()
+
+
+def test_a_refused_domain_is_tried_again_after_pauses(tmp_path: Path) -> None:
+    policies = "policies:\n  p: {schedule: every 6s, splay: 0s, keep: {last: 1}}\ndomains: {db01: [p]}\n"
+    daemon = DaemonProcess(tmp_path / "daemon", write_test_host(tmp_path, {"db01": True}), policies)
+    daemon.start()
+    skips = daemon.wait_for(lambda: (found := daemon.events("run.skipped"))[3:] and found)
+    daemon.kill()
+    assert {event["reason"] for event in skips} == {"unsupported"}
+    times = [datetime.fromisoformat(event["timestamp"]) for event in skips]
+    # After half of the interval, or sooner where a new slot begins; not again and again at once.
+    assert all(later - earlier < timedelta(seconds=5) for earlier, later in pairwise(times))
+    assert times[3] - times[0] > timedelta(seconds=4)
