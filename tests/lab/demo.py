@@ -6,6 +6,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import libvirt
+
 from kvmsnapd.daemon import Daemon
 from kvmsnapd.demo import Show
 from tests.lab.guest import Guest
@@ -29,6 +31,7 @@ runtime_directory: {directory}/run
 
 def main() -> int:
     """Boot the guest, run the daemon until Ctrl-C, then show what virsh sees."""
+    libvirt.registerErrorHandler(lambda _context, _error: None, None)  # it would print that the guest is still booting
     with tempfile.TemporaryDirectory(prefix="kvmsnapd-demo-") as name, Libvirtd(Path(name) / "libvirt") as libvirtd:
         directory = Path(name)
         print("booting a guest…", flush=True)
