@@ -11,6 +11,7 @@
         ├── SnapshotNotFoundError
         ├── SnapshotExistsError
         └── GuestAgentUnavailableError   asked to quiesce, and the guest agent did not do it
+            └── GuestAgentRefusedError   it answered, with an error
 
 A refusal to touch a domain is not an error but an answer: see :class:`kvmsnapd.plan.Refusal`.
 """
@@ -100,3 +101,7 @@ class GuestAgentUnavailableError(HypervisorError):
     """The guest agent was asked to freeze the file systems and did not; no snapshot was taken."""
 
     reason = "agent"
+
+
+class GuestAgentRefusedError(GuestAgentUnavailableError):
+    """The guest agent answered with an error, for example because the command is disabled in the guest."""

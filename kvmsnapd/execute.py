@@ -12,6 +12,7 @@ from kvmsnapd.errors import (
     DomainBusyError,
     DomainLockedError,
     DomainNotFoundError,
+    GuestAgentRefusedError,
     GuestAgentUnavailableError,
     HypervisorError,
     HypervisorUnreachableError,
@@ -93,6 +94,8 @@ class Executor:
     # Per pair, a slot and how many names of it must not be used again: the outcome of a take stayed unknown, or it met
     # a file left behind by one that was cut off.
     _used_up: dict[str, tuple[datetime, int]] = field(default_factory=dict)
+    # Per pair, the snapshot that libvirt failed to delete the last time.
+    _unwilling: dict[str, str] = field(default_factory=dict)
     # Why a domain could not be thawed yet, so that the same words are published once.
     _not_thawed: dict[str, str] = field(default_factory=dict)
 
@@ -131,10 +134,11 @@ class Executor:
             self._thaw(uuid)
         plan = self._plan(pair)
         made_room = 0
-        if plan.room:
+        if plan.room and not self.intents.exists(uuid):
             made_room, _ = self._delete(pair, plan.room)
             plan = self._plan(pair)
         if plan.refusal:
+            self._report_blocked(pair, plan.blocked)
             return replace(self._skip(pair, plan.refusal.reason, plan.refusal.detail), deleted=made_room)
         if plan.take is None:
             return Outcome(Result.NOTHING_DUE, deleted=made_room)
@@ -155,7 +159,14 @@ class Executor:
         slot = due_for(domain, pair.policy, now).slot
         used_slot, used = self._used_up.get(pair.name.key, (slot, 0))
         attempt = 1 + (used if used_slot == slot else 0)
-        return plan_run(domain, pair.policy, self.hypervisor.capabilities(), now=now, attempt=attempt)
+        return plan_run(
+            domain,
+            pair.policy,
+            self.hypervisor.capabilities(),
+            now=now,
+            attempt=attempt,
+            unwilling=self._unwilling.get(pair.name.key),
+        )
 
     def _skip(self, pair: Pair, reason: str, detail: str) -> Outcome:
         self.publish(RunSkipped(pair=pair.name, reason=reason, detail=detail))
@@ -165,9 +176,9 @@ class Executor:
         """Take the snapshot and return its name; None when it failed, which has been published."""
         try:
             return self._take_once(pair, request)
-        except GuestAgentUnavailableError as error:
-            return self._after_agent_error(pair, request, error)
         except HypervisorError as error:
+            if isinstance(error, GuestAgentUnavailableError) and request.quiesce:
+                return self._after_agent_error(pair, request, error)
             if isinstance(error, SnapshotExistsError):
                 # libvirtd may have finished a call that was cut off on our side after we had listed the snapshots.
                 existing = _find(self.hypervisor.domain(pair.name.domain_uuid), request.name)
@@ -177,7 +188,8 @@ class Executor:
             if unknown or isinstance(error, SnapshotExistsError):
                 self._use_up(pair, request)
             state = "whether it was taken is not known yet and will be looked up" if unknown else "none was taken"
-            return self._failed(pair, request, error, state)
+            self._failed(pair, request, error, state)
+            return None
 
     def _after_agent_error(self, pair: Pair, request: TakeRequest, error: GuestAgentUnavailableError) -> str | None:
         """Thaw; then take a crash-consistent snapshot if the policy allows one and nothing was changed."""
@@ -189,18 +201,21 @@ class Executor:
             # An agent that falls silent between freeze and thaw: libvirt 9.0 has switched the disks by then, reports
             # error 86 and forgets the snapshot (measured).
             self._use_up(pair, request)
-            return self._failed(pair, request, error, f"libvirt switched to {', '.join(left)} without a snapshot of it")
+            self._failed(pair, request, error, f"libvirt switched to {', '.join(left)} without a snapshot of it")
+            return None
         if pair.policy.consistency is not ConsistencyRule.FILESYSTEM_PREFERRED:
-            return self._failed(pair, request, error, "none was taken")
+            self._failed(pair, request, error, "none was taken")
+            return None
         self.publish(SnapshotDowngraded(pair=pair.name, snapshot=request.name, error=str(error)))
         try:
             return self._take_once(pair, replace(request, mark=replace(request.mark, consistency=Consistency.CRASH)))
         except HypervisorError as second:
-            self._use_up(pair, request)
-            return self._failed(pair, request, second, "whether it was taken will be looked up")
+            if isinstance(second, (HypervisorUnreachableError, SnapshotExistsError)):
+                self._use_up(pair, request)
+            self._failed(pair, request, second, "whether it was taken will be looked up")
+            return None
 
-    def _failed(self, pair: Pair, request: TakeRequest, error: HypervisorError, state: str) -> str | None:
-        """Publish a failed take; return what stands for its name."""
+    def _failed(self, pair: Pair, request: TakeRequest, error: HypervisorError, state: str) -> None:
         self.publish(
             SnapshotFailed(
                 pair=pair.name,
@@ -210,7 +225,6 @@ class Executor:
                 error=f"{error}; {state}",
             )
         )
-        return None
 
     def _use_up(self, pair: Pair, request: TakeRequest) -> None:
         self._used_up[pair.name.key] = (request.mark.scheduled_at, request.mark.attempt)
@@ -266,10 +280,13 @@ class Executor:
         else:
             done, left = self._delete(pair, plan.deletes)
         blocked = [*plan.blocked, *left]
+        self._report_blocked(pair, blocked)
+        return done, len(blocked)
+
+    def _report_blocked(self, pair: Pair, blocked: Sequence[Blocked]) -> None:
         if blocked:
             counts = Counter(str(wait.reason) for wait in blocked)
             self.publish(PruneBlocked(pair=pair.name, blocked=dict(counts), detail=blocked[0].detail))
-        return done, len(blocked)
 
     def _delete(self, pair: Pair, deletes: Sequence[Delete]) -> tuple[int, list[Blocked]]:
         """Delete one by one, each checked just before and after; return how many, and what has to wait."""
@@ -291,7 +308,8 @@ class Executor:
                 self.publish(
                     DeleteFailed(pair=pair.name, snapshot=step.snapshot, reason=error.reason, error=str(error))
                 )
-                # A domain in trouble is not worked on further.
+                # A domain in trouble is not worked on further; the next run begins with the others.
+                self._unwilling[pair.name.key] = step.snapshot
                 blocked += [Blocked(left.snapshot, BlockReason.FAILED, str(error)) for left in deletes[position:]]
                 break
             deleted += 1
@@ -310,7 +328,7 @@ class Executor:
         # With the slot that is due now, if it still is: then room is made for it.
         upcoming = due_for(domain, pair.policy, now).slot
         released = {v.point.name for v in judge(domain, pair.policy, now=now, upcoming=upcoming) if not v.keep}
-        if name not in released or name == newest_of(domain, pair.policy):
+        if name not in released or name == newest_of(domain, pair.policy, now=now):
             return Blocked(name, BlockReason.CHANGED, f"somebody changed the snapshots meanwhile, and {name} is wanted")
         busy = [disk.target for disk in domain.disks if disk.block_job]
         if busy:
@@ -332,8 +350,8 @@ class Executor:
             # A guest that does not run is not frozen; a later start begins thawed.
             if self.hypervisor.domain(uuid).state is not DomainState.SHUT_OFF:
                 self.hypervisor.thaw(uuid)
-        except DomainNotFoundError:
-            pass
+        except (DomainNotFoundError, GuestAgentRefusedError):
+            pass  # gone; or its agent answers and has no thaw, so it had no freeze to carry out either
         except HypervisorError as error:
             if self._not_thawed.get(uuid) != str(error):
                 self._not_thawed[uuid] = str(error)

@@ -60,7 +60,15 @@ def due_for(inventory: Inventory, policy: Policy, now: datetime) -> Due:
     )
 
 
-def plan_run(domain: Domain, policy: Policy, capabilities: Capabilities, *, now: datetime, attempt: int = 1) -> Plan:
+def plan_run(
+    domain: Domain,
+    policy: Policy,
+    capabilities: Capabilities,
+    *,
+    now: datetime,
+    attempt: int = 1,
+    unwilling: str | None = None,
+) -> Plan:
     """Plan the run that would begin now.
 
     Args:
@@ -68,22 +76,27 @@ def plan_run(domain: Domain, policy: Policy, capabilities: Capabilities, *, now:
         now: the instant to plan for, timezone-aware.
         attempt: above 1 when the outcome of an earlier attempt at this slot is unknown: the old name may survive as
             an orphan inside a qcow2 file, so it is not used again.
+        unwilling: a snapshot that libvirt failed to delete the last time.
     """
     due = due_for(domain, policy, now)
     answer = plan_take(domain, policy, capabilities, slot=due.slot, now=now, attempt=attempt) if due.slot else None
     take = answer if isinstance(answer, TakeRequest) else None
     refusal = answer if isinstance(answer, Refusal) else None
     verdicts = judge(domain, policy, now=now, upcoming=due.slot)
+    deletes, blocked = plan_deletes(domain, policy, capabilities, verdicts, unwilling=unwilling)
     room: tuple[Delete, ...] = ()
     if refusal and refusal.reason is RefusalReason.CHAIN_FULL:
-        room = plan_room(domain, policy, capabilities, verdicts)
-    if refusal and not room:
-        verdicts = judge(domain, policy, now=now)  # of what exists, since nothing will be taken
-    deletes, blocked = plan_deletes(domain, policy, capabilities, verdicts)
+        room = plan_room(domain, policy, capabilities, deletes, now=now)
     pause = _long_pause(domain, policy, due.slot) if due.slot else None
     if pause:
         blocked += tuple(Blocked(delete.snapshot, BlockReason.LONG_PAUSE, pause) for delete in deletes)
         deletes = ()
+        room = room if len(room) == 1 else ()  # without any, a full chain would make the pause last for ever
+    if refusal and not room:  # nothing will be taken: the verdicts are those on what exists
+        verdicts = judge(domain, policy, now=now)
+        released = {verdict.point.name for verdict in verdicts if not verdict.keep}
+        deletes = tuple(delete for delete in deletes if delete.snapshot in released)
+        blocked = tuple(wait for wait in blocked if wait.snapshot in released)
     return Plan(domain.uuid, domain.name, policy.name, due, take, refusal, room, verdicts, deletes, blocked)
 
 
@@ -104,7 +117,11 @@ def _long_pause(inventory: Inventory, policy: Policy, slot: datetime) -> str | N
     The host was off, or the clock has jumped ahead: then the first snapshot would make all others look old. If it was
     the pause, the next run prunes; if it was the clock, somebody has until then.
     """
-    slots = [s.mark.scheduled_at for s in inventory.of_policy(policy.name) if s.mark and s.mark.scheduled_at < slot]
-    if slots and slot - max(slots) > _LONG_PAUSE * policy.schedule.longest_interval:
-        return f"the snapshot before is of {max(slots).isoformat()}; after such a pause the next run prunes"
-    return None
+    limit = _LONG_PAUSE * policy.schedule.longest_interval
+    marks = (s.mark for s in inventory.of_policy(policy.name))
+    slots = sorted((m.scheduled_at for m in marks if m and m.scheduled_at < slot), reverse=True)
+    if not slots or slot - slots[0] <= limit:
+        return None
+    if len(slots) > 1 and slots[0] - slots[1] > limit:
+        return None  # a host that is on only now and then: every run would be one after a pause
+    return f"the snapshot before is of {slots[0].isoformat()}; after such a pause the next run prunes"

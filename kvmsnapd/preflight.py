@@ -60,10 +60,14 @@ def plan_take(
     if refusal or isinstance(consistency, Refusal):
         return refusal or consistency  # type: ignore[return-value]  # one of the two is a Refusal
     taken_names = {snapshot.name for snapshot in domain.snapshots}
-    while (name := format_name(policy.name, slot, attempt)) in taken_names:
-        attempt += 1
-    if attempt > MOST_ATTEMPTS:
-        return Refusal(RefusalReason.ATTEMPTS, f"{attempt - 1} attempts at this slot failed; the next slot is tried")
+    numbers = (*range(attempt, MOST_ATTEMPTS + 1), *range(1, attempt))
+    attempt = next((n for n in numbers if format_name(policy.name, slot, n) not in taken_names), 0)
+    if not attempt:
+        return Refusal(RefusalReason.ATTEMPTS, f"all {MOST_ATTEMPTS} names of this slot are taken; the next is tried")
+    name = format_name(policy.name, slot, attempt)
+    full = _refuse_full_chain(domain, policy, capabilities)
+    if full:  # the last of all: room is made for it, which nothing else may then stand in the way of
+        return full
     mark = Mark(policy.name, slot, now.replace(microsecond=0), consistency, policy.kind, attempt)  # as it is written
     if policy.kind is Kind.INTERNAL:
         # CD-ROMs and read-only disks take no part by themselves; a floppy would (measured, libvirt 9.0 and 11.3).
@@ -92,7 +96,7 @@ def chain_depth(domain: Domain) -> int:
     A shut-off domain's XML need not list its backing chain, so its external snapshots count as well.
     """
     external = sum(snapshot.kind is not Kind.INTERNAL for snapshot in domain.snapshots)
-    return max([external, *(len(disk.backing) for disk in domain.disks)])
+    return max([external, *(len(disk.backing) for disk in domain.disks if disk.holds_state)])
 
 
 def chain_limit(policy: Policy, capabilities: Capabilities) -> int:
@@ -132,6 +136,17 @@ def _refuse_domain(domain: Domain, policy: Policy) -> Refusal | None:
     return None
 
 
+def _refuse_full_chain(domain: Domain, policy: Policy, capabilities: Capabilities) -> Refusal | None:
+    depth, limit = chain_depth(domain), chain_limit(policy, capabilities)
+    if policy.kind is not Kind.EXTERNAL or depth < limit:
+        return None
+    return Refusal(
+        RefusalReason.CHAIN_FULL,
+        f"the backing chain is {depth} deep and the limit is {limit}, and no snapshot can go now; "
+        "keep fewer snapshots, or delete some by hand (virsh snapshot-delete)",
+    )
+
+
 def _refuse_kind(domain: Domain, policy: Policy, capabilities: Capabilities) -> Refusal | None:
     """Refuse for what the wanted kind cannot do with these disks on this libvirt."""
     state_disks = [disk for disk in domain.disks if disk.holds_state]
@@ -142,13 +157,6 @@ def _refuse_kind(domain: Domain, policy: Policy, capabilities: Capabilities) -> 
             return Refusal(
                 RefusalReason.UNSUPPORTED,
                 f"libvirt's {capabilities.driver} driver has no external snapshots; set kind: internal in the policy",
-            )
-        limit = chain_limit(policy, capabilities)
-        if chain_depth(domain) >= limit:
-            return Refusal(
-                RefusalReason.CHAIN_FULL,
-                f"the backing chain is {chain_depth(domain)} deep and the limit is {limit}; "
-                "keep fewer snapshots, or delete some by hand (virsh snapshot-delete)",
             )
         faults = [(disk, _external_fault(disk)) for disk in state_disks]
     else:

@@ -6,6 +6,7 @@ libvirt 9.0 and 11.3, see :class:`kvmsnapd.model.Capabilities`.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import pairwise
@@ -16,6 +17,7 @@ from kvmsnapd.preflight import chain_depth, chain_limit
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from datetime import datetime
 
     from kvmsnapd.model import Capabilities, Domain, Inventory, Snapshot
     from kvmsnapd.policy import Policy
@@ -35,7 +37,7 @@ class BlockReason(StrEnum):
     CHANGED = "changed"
     """Found just before the delete: the domain is no longer as it was planned for."""
     FAILED = "failed"
-    """libvirt did not delete it, or one before it; tried again after the next take."""
+    """libvirt did not delete it or one before it, or the guest may be frozen; tried again after the next take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,14 +58,29 @@ class Blocked:
 
 
 def plan_deletes(
-    domain: Domain, policy: Policy, capabilities: Capabilities, verdicts: Iterable[Verdict]
+    domain: Domain,
+    policy: Policy,
+    capabilities: Capabilities,
+    verdicts: Iterable[Verdict],
+    *,
+    unwilling: str | None = None,
 ) -> tuple[tuple[Delete, ...], tuple[Blocked, ...]]:
     """Split what the verdicts release into deletes, oldest first, and what has to wait.
 
     More than ``max_deletes_per_run`` deletes are not carried out at all (the fuse): a shortened retention or a
     wrong clock must not empty a history at once.
+
+    Args:
+        unwilling: a snapshot that libvirt failed to delete; it comes last, so that it does not hold up the others.
     """
-    deletes, blocked = _split(domain, capabilities, verdicts)
+    deletes: list[Delete] = []
+    blocked: list[Blocked] = []
+    for verdict in reversed([verdict for verdict in verdicts if not verdict.keep]):
+        obstacle = find_obstacle(domain, verdict.point.name, capabilities)
+        if obstacle:
+            blocked.append(obstacle)
+        else:
+            deletes.append(Delete(verdict.point.name, verdict.reasons))
     if len(deletes) > policy.max_deletes_per_run:
         detail = (
             f"{len(deletes)} deletes at once are more than max_deletes_per_run: {policy.max_deletes_per_run}; "
@@ -71,43 +88,39 @@ def plan_deletes(
         )
         blocked += [Blocked(delete.snapshot, BlockReason.FUSE, detail) for delete in deletes]
         deletes = []
+    deletes.sort(key=lambda delete: delete.snapshot == unwilling)
     return tuple(deletes), tuple(blocked)
 
 
-def _split(
-    domain: Domain, capabilities: Capabilities, verdicts: Iterable[Verdict]
-) -> tuple[list[Delete], list[Blocked]]:
-    """Return what retention releases, oldest first, as what can go now and what cannot."""
-    deletes, blocked = [], []
-    for verdict in reversed([verdict for verdict in verdicts if not verdict.keep]):
-        obstacle = find_obstacle(domain, verdict.point.name, capabilities)
-        if obstacle:
-            blocked.append(obstacle)
-        else:
-            deletes.append(Delete(verdict.point.name, verdict.reasons))
-    return deletes, blocked
-
-
 def plan_room(
-    domain: Domain, policy: Policy, capabilities: Capabilities, verdicts: Iterable[Verdict]
+    domain: Domain, policy: Policy, capabilities: Capabilities, deletes: Iterable[Delete], *, now: datetime
 ) -> tuple[Delete, ...]:
-    """Return the deletes that make room in a full backing chain before a take, oldest first; none if they would not do.
+    """Return those of the planned deletes that make room in a full backing chain before a take; none if they do not.
 
     As few as are needed, and never the policy's newest snapshot: the take may still fail.
-
-    Args:
-        verdicts: as they will be once the take has succeeded.
     """
-    needed = chain_depth(domain) - chain_limit(policy, capabilities) + 1
-    deletes, _ = _split(domain, capabilities, verdicts)
-    newest = newest_of(domain, policy)
-    possible = [delete for delete in deletes if delete.snapshot != newest][:needed]
-    return tuple(possible) if needed <= len(possible) <= policy.max_deletes_per_run else ()
+    limit = chain_limit(policy, capabilities)
+    newest = newest_of(domain, policy, now=now)
+    chosen = [delete for delete in deletes if delete.snapshot != newest][: chain_depth(domain) - limit + 1]
+    shortened = Counter(
+        target
+        for snapshot in domain.snapshots
+        if snapshot.name in {delete.snapshot for delete in chosen}
+        for target, _ in snapshot.overlays
+    )
+    enough = chain_depth(domain) - len(chosen) < limit and all(
+        len(disk.backing) - shortened[disk.target] < limit for disk in domain.disks if disk.holds_state
+    )
+    return tuple(chosen) if enough else ()
 
 
-def newest_of(inventory: Inventory, policy: Policy) -> str | None:
-    """Return the name of the policy's newest snapshot of this domain."""
-    marks = {s.name: (s.mark.scheduled_at, s.mark.attempt) for s in inventory.of_policy(policy.name) if s.mark}
+def newest_of(inventory: Inventory, policy: Policy, *, now: datetime) -> str | None:
+    """Return the name of the policy's newest snapshot that retention counts: not held, not dated in the future."""
+    marks = {
+        s.name: (s.mark.scheduled_at, s.mark.attempt)
+        for s in inventory.of_policy(policy.name)
+        if s.mark and s.mark.scheduled_at <= now and not s.mark.held(now)
+    }
     return max(marks, key=marks.__getitem__, default=None)
 
 
@@ -132,7 +145,8 @@ def find_obstacle(domain: Domain, name: str, capabilities: Capabilities) -> Bloc
         return Blocked(name, BlockReason.FOREIGN_CHILD, detail)
     layer = _foreign_layer(domain, snapshot)
     if layer:
-        detail = f"its overlay carries {layer}, which belongs to no snapshot libvirt knows (is a backup running?)"
+        cause = "a backup in progress, a revert or an interrupted take"
+        detail = f"its overlay carries {layer}, which belongs to no snapshot ({cause})"
         return Blocked(name, BlockReason.FOREIGN_LAYER, detail)
     if children and domain.state is DomainState.SHUT_OFF and not capabilities.delete_external_in_chain_offline:
         detail = (
@@ -146,12 +160,17 @@ def find_obstacle(domain: Domain, name: str, capabilities: Capabilities) -> Bloc
 def _foreign_layer(domain: Domain, snapshot: Snapshot) -> str | None:
     """Return the layer that stands directly on one of the snapshot's overlays without being a known overlay itself.
 
-    Backup programs put such layers on for a while, without a record in libvirt, and copy what is below.
+    Backup programs put such layers on for a while, without a record in libvirt, and copy what is below. The XML of a
+    shut-off domain names the active layer only.
     """
     known = {path for other in domain.snapshots for _, path in other.overlays}
+    own = {path for _, path in snapshot.overlays}
+    newest = not any(other.parent == snapshot.name for other in domain.snapshots)
     for disk in domain.disks:
-        chain = (disk.path or "", *disk.backing)
-        for above, below in pairwise(chain):
-            if (disk.target, below) in snapshot.overlays and above not in known:
+        active = disk.path or ""
+        if not disk.backing and newest and own and active not in known and disk.target in dict(snapshot.overlays):
+            return active
+        for above, below in pairwise((active, *disk.backing)):
+            if below in own and above not in known:
                 return above
     return None

@@ -110,10 +110,15 @@ def _cron_intervals(cron: str, timezone: ZoneInfo) -> tuple[timedelta, timedelta
     minute, hour, day, month, weekday = cron.split()
     times = list(_sample(f"{minute} {hour} * * *", _YEAR, timedelta(days=1)))
     days = list(_sample(f"0 0 {day} {month} {weekday}", _YEAR, timedelta(days=3660)))
+    dates = {day_at.date() for day_at in days}
     intervals = {later - earlier for earlier, later in pairwise(times)}
     for change in _clock_changes(timezone):
         around = _sample(f"{minute} {hour} * * *", (change - _DAY).astimezone(timezone), 3 * _DAY)
-        intervals |= {later.astimezone(UTC) - earlier.astimezone(UTC) for earlier, later in pairwise(around)}
+        intervals |= {
+            later.astimezone(UTC) - earlier.astimezone(UTC)
+            for earlier, later in pairwise(around)
+            if {earlier.date(), later.date()} <= dates
+        }
     for earlier, later in pairwise(days):
         # From day to day the clock changes have been looked at; over more days they may fall in between.
         zone = UTC if later - earlier == _DAY else timezone
@@ -205,7 +210,7 @@ def decide_due(schedule: Schedule, done: Iterable[datetime], *, now: datetime, s
 
     Only the latest slot can be due: however many were missed, one snapshot catches up, once. Slots dated after
     ``now`` are ignored, so a snapshot from a wrong clock does not keep new ones from being taken. A policy without
-    any snapshot is due at once, for its latest slot.
+    any snapshot is due at once, for its latest slot, if it catches up.
 
     Args:
         done: slots of which a good snapshot exists, in any order.

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from kvmsnapd.errors import DomainNotFoundError, HypervisorError, SnapshotExistsError
-from kvmsnapd.model import Capabilities, DomainState, Inventory, Kind, Snapshot
+from kvmsnapd.model import Capabilities, Disk, DomainState, Inventory, Kind, Snapshot
 from kvmsnapd.naming import format_description, parse_mark
 
 if TYPE_CHECKING:
@@ -56,7 +56,11 @@ class FakeHypervisor:
         if domain_uuid not in self.domains:
             msg = f"no domain {domain_uuid}"
             raise DomainNotFoundError(msg, operation="read_domain", domain=domain_uuid)
-        return self.domains[domain_uuid]
+        domain = self.domains[domain_uuid]
+        if domain.state is not DomainState.SHUT_OFF:
+            return domain
+        # As libvirt does, which names the layers below the active one of running domains only.
+        return replace(domain, disks=tuple(replace(disk, backing=()) for disk in domain.disks))
 
     def take_snapshot(self, request: TakeRequest) -> Snapshot:
         """See the port."""
@@ -66,7 +70,8 @@ class FakeHypervisor:
     def finish_take(self, request: TakeRequest) -> Snapshot:
         """Do what a take does, as libvirtd also does when its client has gone away."""
         with self._lock:
-            domain = self.domain(request.domain_uuid)
+            self.domain(request.domain_uuid)
+            domain = self.domains[request.domain_uuid]
             if any(snapshot.name == request.name for snapshot in domain.snapshots):
                 msg = f"domain moment {request.name} already exists"
                 raise SnapshotExistsError(msg, operation="snapshot_create", domain=domain.name)
@@ -80,6 +85,7 @@ class FakeHypervisor:
                 overlays=request.overlays,
             )
             self._set_snapshots(domain, (*domain.snapshots, snapshot))
+            self._set_disks(domain, [_covered(disk, dict(request.overlays).get(disk.target)) for disk in domain.disks])
             return snapshot
 
     def make_foreign(self, domain_uuid: str, name: str, kind: Kind = Kind.EXTERNAL) -> None:
@@ -92,13 +98,16 @@ class FakeHypervisor:
         """See the port."""
         self._begin("delete_snapshot", domain_uuid, name)
         with self._lock:
-            domain = self.domain(domain_uuid)
+            self.domain(domain_uuid)
+            domain = self.domains[domain_uuid]
             gone = next((s for s in domain.snapshots if s.name == name), None)
             if gone is None:
                 return
             left = (s for s in domain.snapshots if s is not gone)
             moved = tuple(replace(s, parent=gone.parent) if s.parent == name else s for s in left)
             self._set_snapshots(domain, moved)
+            merged = {path for _, path in gone.overlays}
+            self._set_disks(domain, [_without(disk, merged) for disk in domain.disks])
 
     def thaw(self, domain_uuid: str) -> None:
         """See the port."""
@@ -117,13 +126,25 @@ class FakeHypervisor:
         if self.before[operation]:
             self.before[operation].pop(0)()
 
+    def _set_disks(self, domain: Domain, disks: list[Disk]) -> None:
+        self.domains[domain.uuid] = replace(self.domains[domain.uuid], disks=tuple(disks))
+
     def _set_snapshots(self, domain: Domain, snapshots: tuple[Snapshot, ...]) -> None:
-        self.domains[domain.uuid] = replace(domain, snapshots=snapshots)
+        self.domains[domain.uuid] = replace(self.domains[domain.uuid], snapshots=snapshots)
 
 
 def _leaf(domain: Domain) -> str | None:
     """Return the newest snapshot's name, which becomes the parent of the next."""
     return domain.snapshots[-1].name if domain.snapshots else None
+
+
+def _covered(disk: Disk, overlay: str | None) -> Disk:
+    return replace(disk, path=overlay, backing=(disk.path or "", *disk.backing)) if overlay else disk
+
+
+def _without(disk: Disk, merged: set[str]) -> Disk:
+    active, *backing = [path for path in (disk.path or "", *disk.backing) if path not in merged] or [""]
+    return replace(disk, path=active, backing=tuple(backing))
 
 
 def raising(error: Exception) -> Callable[[], None]:

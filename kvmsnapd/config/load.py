@@ -82,7 +82,7 @@ def load_config(path: Path) -> Config:
     policies, selectors = _resolve(settings, problems)
     if problems:
         raise ConfigError(_in_file_order(document, problems))
-    return Config(path, settings, policies, selectors, tuple(_chain_warnings(document, selectors)))
+    return Config(path, settings, policies, selectors, tuple(_chain_warnings(document, settings, policies)))
 
 
 def _read(path: Path) -> str:
@@ -143,7 +143,10 @@ def _resolve(
             kinds = ", ".join(f"{policy.name} is {policy.kind}" for policy in chosen)
             problem = f"a domain has one kind of snapshot, for ever, and {kinds}; mixing kinds loses data"
             problems.append((("domains", selector), problem))
-        selectors[selector.lower() if _UUID.fullmatch(selector) else selector] = chosen
+        key = selector.lower() if _UUID.fullmatch(selector) else selector
+        if key in selectors:
+            problems.append((("domains", selector), "this UUID is named twice, in capitals and not"))
+        selectors[key] = chosen
     return policies, selectors
 
 
@@ -167,10 +170,10 @@ def _policy(name: str, written: PolicySettings, default_zone: ZoneInfo) -> Polic
     )
 
 
-def _chain_warnings(document: Document, selectors: Mapping[str, tuple[Policy, ...]]) -> Iterable[str]:
+def _chain_warnings(document: Document, settings: Settings, policies: Mapping[str, Policy]) -> Iterable[str]:
     """Yield a warning for each selector whose external policies may keep more than the backing chain may hold."""
-    for selector, policies in selectors.items():
-        external = [policy for policy in policies if policy.kind is Kind.EXTERNAL]
+    for selector, names in settings.domains.items():
+        external = [policies[name] for name in names if policies[name].kind is Kind.EXTERNAL]
         if not external:
             continue
         room = min(policy.max_chain_depth for policy in external)

@@ -92,8 +92,7 @@ class Connection:
         with self._lock:
             if self._connection is not None and self._connection.isAlive():
                 return self._connection
-            now = self._stopwatch()
-            if now < self._retry_at:
+            if self._stopwatch() < self._retry_at:
                 raise self._unreachable(self._last_error)
             self._connection = None
             try:
@@ -107,7 +106,7 @@ class Connection:
                     raise
             except (libvirt.libvirtError, TimeoutError) as error:
                 self._last_error = str(error) or f"no answer within {_OPEN_WITHIN_SECONDS:g} s"
-                self._retry_at = now + self._pause
+                self._retry_at = self._stopwatch() + self._pause  # after the wait, which may have been long
                 self._pause = min(self._pause * 2, _LONGEST_PAUSE_SECONDS)
                 raise self._unreachable(self._last_error) from error
             self._pause = _FIRST_PAUSE_SECONDS

@@ -91,7 +91,7 @@ class LibvirtHost:
                 raise
             except HypervisorError:
                 # One domain in trouble must not hide all others; its own run meets the error again and reports it.
-                snapshots = tuple(s for (owner, _), s in self._known.items() if owner == uuid)
+                snapshots = tuple(s for (owner, _), s in list(self._known.items()) if owner == uuid)
             known.update({(uuid, snapshot.name): snapshot for snapshot in snapshots})
             found.append(Inventory(uuid, name, snapshots))
         self._known = known

@@ -10,6 +10,7 @@ import libvirt
 from kvmsnapd.errors import (
     DomainBusyError,
     DomainNotFoundError,
+    GuestAgentRefusedError,
     GuestAgentUnavailableError,
     HypervisorError,
     HypervisorUnreachableError,
@@ -31,7 +32,7 @@ _ERRORS: dict[int, type[HypervisorError]] = {
     libvirt.VIR_ERR_AGENT_UNRESPONSIVE: GuestAgentUnavailableError,
     libvirt.VIR_ERR_AGENT_UNSYNCED: GuestAgentUnavailableError,
     _AGENT_COMMAND_TIMEOUT: GuestAgentUnavailableError,
-    _AGENT_COMMAND_FAILED: GuestAgentUnavailableError,
+    _AGENT_COMMAND_FAILED: GuestAgentRefusedError,
 }
 
 # libvirt has no number of its own for it: "domain moment X already exists" of its list of snapshots, and "external
@@ -54,6 +55,8 @@ def translated_errors(operation: str, *, domain: str | None = None) -> Iterator[
             kind: type[HypervisorError] = HypervisorUnreachableError
         elif code == libvirt.VIR_ERR_ARGUMENT_UNSUPPORTED and "agent" in str(error):
             kind = GuestAgentUnavailableError  # no agent channel in the domain's XML
+        elif code == libvirt.VIR_ERR_INTERNAL_ERROR and "QEMU agent command" in str(error):
+            kind = GuestAgentRefusedError  # before libvirt 11.2 the agent's own error has no number (measured, 9.0)
         elif code in _EXISTS and "already exists" in str(error):
             kind = SnapshotExistsError
         else:

@@ -11,6 +11,7 @@ import pytest
 
 from kvmsnapd.errors import (
     DomainBusyError,
+    GuestAgentRefusedError,
     GuestAgentUnavailableError,
     HypervisorError,
     HypervisorUnreachableError,
@@ -31,7 +32,7 @@ from kvmsnapd.events import (
 )
 from kvmsnapd.execute import Executor, Outcome
 from kvmsnapd.fleet import survey
-from kvmsnapd.model import Consistency, DomainState, Kind, TakeRequest
+from kvmsnapd.model import Consistency, DomainState, Hold, Kind, TakeRequest
 from kvmsnapd.naming import format_name
 from kvmsnapd.policy import ConsistencyRule, Policy
 from kvmsnapd.state_files import DomainLocks, FreezeIntents
@@ -330,8 +331,6 @@ def test_what_a_person_does_between_plan_and_delete_stops_the_delete(tmp_path: P
         first, *rest = domain.snapshots
         assert first.mark is not None
         if interference == "hold":
-            from kvmsnapd.model import Hold  # noqa: PLC0415
-
             first = replace(first, mark=replace(first.mark, hold=Hold("audit")))
         elif interference == "mark removed":
             first = replace(first, mark=None)
@@ -432,7 +431,7 @@ def test_a_snapshot_a_person_deleted_meanwhile_is_not_missed_by_deleting_the_las
 
 def test_a_full_chain_is_given_room_by_the_snapshots_that_retention_releases(tmp_path: Path) -> None:
     """A guest on libvirt 9.0 that was off for a day and could not be pruned meanwhile gets out of it by itself."""
-    bench = Bench(tmp_path, a_policy(keep="last=2 hourly=6", max_chain_depth=16))
+    bench = Bench(tmp_path, a_policy(keep="last=2 hourly=8", max_chain_depth=16))
     bench.fake.limits = replace(bench.fake.limits, delete_external_in_chain_offline=False)
     bench.fake.add(replace(bench.fake.domains[bench.uuid], state=DomainState.SHUT_OFF))
     for _ in range(24):
@@ -488,9 +487,92 @@ def test_notes_that_cannot_be_written_skip_the_run_with_a_reason(bench: Bench, m
     assert bench.names == []
 
 
-def test_a_slot_is_given_up_after_as_many_attempts_as_a_name_can_count(bench: Bench) -> None:
+def test_after_all_numbers_of_a_slot_the_first_free_name_is_tried_again(bench: Bench) -> None:
     for _ in range(120):
         bench.fake.before["take_snapshot"] = [raising(unreachable())]
-        bench.run()
-    assert bench.said(RunSkipped)[-1].reason == "attempts"
+        assert bench.run().result == "failed"
     assert len(bench.executor._used_up) == 1
+    assert bench.run().result == "taken"
+    assert bench.said(RunSkipped) == []
+
+
+def test_a_blown_fuse_makes_no_room_either(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, a_policy(keep="last=2", max_chain_depth=12))
+    older = a_chain(*(a_snapshot(NOON - n * HOUR) for n in range(14, 0, -1)))
+    bench.fake.add(replace(bench.fake.domains[bench.uuid], snapshots=older))
+    assert bench.run().result == "skipped"
+    assert len(bench.names) == 14
+    assert bench.said(PruneBlocked)[0].blocked == {"fuse": 12}
+
+
+def test_no_room_is_made_for_a_take_that_something_else_forbids(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, a_policy(keep="last=3", max_chain_depth=4, consistency=ConsistencyRule.FILESYSTEM))
+    for _ in range(4):
+        bench.run()
+        bench.now += HOUR
+    bench.fake.add(replace(bench.fake.domains[bench.uuid], agent_connected=False))
+    before = bench.names
+    assert bench.run().result == "skipped"
+    assert bench.said(RunSkipped)[-1].reason == "agent"
+    assert bench.names == before
+
+
+def test_room_that_would_not_shorten_the_chain_is_not_made(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, a_policy(keep="last=2", max_chain_depth=4))
+    for _ in range(2):
+        bench.run()
+        bench.now += HOUR
+    domain = bench.fake.domains[bench.uuid]
+    deep = replace(
+        domain.disks[0], target="vdb", path="/images/b", backing=("/images/1", "/images/2", "/images/3", "/4")
+    )
+    bench.fake.add(replace(domain, disks=(*domain.disks, deep)))
+    before = bench.names
+    assert bench.run().result == "skipped"
+    assert bench.names == before
+
+
+def test_a_future_or_held_snapshot_does_not_stand_in_for_the_newest(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, a_policy(keep="last=1", max_chain_depth=3))
+    held = a_snapshot(NOON - 2 * HOUR, hold=Hold("audit"))
+    chain = a_chain(held, a_snapshot(NOON - HOUR), a_snapshot(NOON + 9 * HOUR))
+    bench.fake.add(replace(bench.fake.domains[bench.uuid], snapshots=chain))
+    bench.fake.before["take_snapshot"] = [raising(HypervisorError("no space left", operation="snapshot_create"))]
+    bench.run()
+    assert bench.names == [snapshot.name for snapshot in chain]
+
+
+def test_a_snapshot_that_cannot_be_deleted_does_not_hold_up_the_others(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, a_policy(keep="last=2"))
+    bench.run()
+    first = bench.names[0]
+
+    missing = HypervisorError("overlay is missing", operation="snapshot_delete")
+
+    def fail_for_the_first() -> None:
+        if bench.fake.calls[-1] == ("delete_snapshot", bench.uuid, first):
+            raise missing
+
+    for _ in range(20):
+        bench.now += HOUR
+        bench.fake.before["delete_snapshot"] = [fail_for_the_first] * 5
+        bench.run()
+    assert first in bench.names
+    assert len(bench.names) <= 4
+
+
+def test_a_host_that_is_on_only_now_and_then_is_pruned_all_the_same(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, a_policy(keep="last=3"))
+    for _ in range(12):
+        bench.run()
+        bench.now += 5 * HOUR
+    assert len(bench.names) <= 4
+
+
+def test_an_agent_that_refuses_to_freeze_and_to_thaw_leaves_nothing_behind(bench: Bench) -> None:
+    refused = GuestAgentRefusedError("command disabled", operation="snapshot_create", code=113)
+    bench.fake.before["take_snapshot"] = [raising(refused)]
+    bench.fake.before["thaw"] = [raising(refused)]
+    assert bench.run().result == "taken"
+    assert len(bench.said(SnapshotDowngraded)) == 1
+    assert bench.intents.outstanding() == []

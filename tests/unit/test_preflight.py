@@ -134,8 +134,8 @@ def test_a_full_chain_is_refused() -> None:
     domain = a_domain(*hourly_snapshots(4), disks=(a_disk(backing=layers(4)),))
     assert refusal(domain, a_policy(max_chain_depth=4)) == Refusal(
         RefusalReason.CHAIN_FULL,
-        "the backing chain is 4 deep and the limit is 4; keep fewer snapshots, or delete some by hand (virsh "
-        "snapshot-delete)",
+        "the backing chain is 4 deep and the limit is 4, and no snapshot can go now; keep fewer snapshots, or delete "
+        "some by hand (virsh snapshot-delete)",
     )
 
 

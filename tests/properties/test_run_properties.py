@@ -1,0 +1,142 @@
+"""Whatever happens between and during runs, what they promise of a domain's snapshots holds."""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from kvmsnapd.errors import (
+    DomainBusyError,
+    GuestAgentUnavailableError,
+    HypervisorError,
+    HypervisorUnreachableError,
+    SnapshotExistsError,
+)
+from kvmsnapd.execute import Executor
+from kvmsnapd.fleet import survey
+from kvmsnapd.model import DomainState, Hold, Snapshot
+from kvmsnapd.policy import ConsistencyRule
+from kvmsnapd.state_files import DomainLocks, FreezeIntents
+from tests.builders import a_domain, a_policy, at
+from tests.fakes import FakeHypervisor, raising
+
+ERRORS = [HypervisorError, HypervisorUnreachableError, GuestAgentUnavailableError, SnapshotExistsError, DomainBusyError]
+POLICIES = [
+    a_policy("hourly", keep="last=2 hourly=3", max_chain_depth=8),
+    a_policy("often", schedule="every 15m", keep="within=2h", max_chain_depth=8, max_deletes_per_run=3),
+    a_policy("strict", schedule="daily", keep="last=1", consistency=ConsistencyRule.FILESYSTEM, max_chain_depth=16),
+]
+
+
+class Runs(RuleBasedStateMachine):
+    """One domain under three policies, people, a clock that steps, and a libvirt that fails at any call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = at("2026-10-24T00:00")
+        self.fake = FakeHypervisor(clock=lambda: self.now)
+        self.uuid = self.fake.add(a_domain()).uuid
+        self.directory = tempfile.TemporaryDirectory()
+        path, ticks = Path(self.directory.name), itertools.count()
+        self.executor = Executor(
+            self.fake,
+            DomainLocks(path / "locks"),
+            FreezeIntents(path / "frozen"),
+            lambda _event: None,
+            clock=lambda: self.now,
+            stopwatch=lambda: float(next(ticks)),
+        )
+        self.foreign: set[str] = set()
+        self.names = itertools.count()
+
+    def teardown(self) -> None:
+        self.directory.cleanup()
+
+    @property
+    def snapshots(self) -> tuple[Snapshot, ...]:
+        return self.fake.domains[self.uuid].snapshots
+
+    @rule(
+        policy=st.sampled_from(POLICIES),
+        faults=st.lists(
+            st.tuples(
+                st.sampled_from(["take_snapshot", "delete_snapshot", "domain", "thaw"]),
+                st.integers(0, 2),
+                st.sampled_from(ERRORS),
+            ),
+            max_size=3,
+        ),
+    )
+    def run(self, policy: object, faults: list[tuple[str, int, type[HypervisorError]]]) -> None:
+        """Run one policy, with calls that fail; then compare what was there with what is left."""
+        self.fake.before.clear()
+        selectors = {"*": tuple(POLICIES)}
+        fleet = survey([p.name for p in POLICIES], selectors, self.fake.inventory(), now=self.now)
+        for operation, calls_before, error in faults:
+            # Reading a domain does not end in an agent's or a snapshot's error.
+            kind = HypervisorError if operation == "domain" else error
+            skipped = [lambda: None] * calls_before
+            self.fake.before[operation] += [*skipped, raising(kind("a fault", operation=operation))]
+        before = self.snapshots
+        (pair,) = (pair for pair in fleet.pairs if pair.policy is policy)
+        self.executor.run(pair)
+        self.fake.before.clear()
+        left = {snapshot.name for snapshot in self.snapshots}
+        gone = [snapshot for snapshot in before if snapshot.name not in left]
+        for snapshot in gone:
+            assert snapshot.mark, "a foreign snapshot was deleted"
+            assert snapshot.mark.policy == pair.policy.name, "a snapshot of another policy was deleted"
+            assert not snapshot.mark.held(self.now), "a held snapshot was deleted"
+            assert snapshot.mark.scheduled_at <= self.now, "a quarantined snapshot was deleted"
+        counted = [
+            s.mark.scheduled_at
+            for s in self.snapshots
+            if s.mark and s.mark.policy == pair.policy.name and s.mark.scheduled_at <= self.now
+        ]
+        if gone:
+            newest_gone = max(s.mark.scheduled_at for s in gone if s.mark)
+            assert counted, "the last snapshot was deleted"
+            assert max(counted) > newest_gone, "the newest snapshot was deleted"
+
+    @rule(minutes=st.sampled_from([1, 15, 60, 60, 120, 1440, 14400, -60, -2880]))
+    def time_passes(self, minutes: int) -> None:
+        self.now += timedelta(minutes=minutes)
+
+    @rule()
+    def a_person_takes_one(self) -> None:
+        name = f"by-hand-{next(self.names)}"
+        self.fake.make_foreign(self.uuid, name)
+        self.foreign.add(name)
+
+    @precondition(lambda self: self.snapshots)
+    @rule(data=st.data(), hold=st.booleans())
+    def a_person_deletes_or_holds_one(self, data: st.DataObject, *, hold: bool) -> None:
+        snapshot = data.draw(st.sampled_from(self.snapshots))
+        if not hold:
+            self.fake.delete_snapshot(self.uuid, snapshot.name)
+            self.foreign.discard(snapshot.name)
+        elif snapshot.mark:
+            held = replace(snapshot, mark=replace(snapshot.mark, hold=Hold("audit")))
+            domain = self.fake.domains[self.uuid]
+            self.fake.add(replace(domain, snapshots=tuple(held if s is snapshot else s for s in domain.snapshots)))
+
+    @rule(state=st.sampled_from(DomainState), agent=st.booleans())
+    def the_guest_changes(self, state: DomainState, *, agent: bool) -> None:
+        self.fake.add(replace(self.fake.domains[self.uuid], state=state, agent_connected=agent))
+
+    @invariant()
+    def no_slot_is_taken_twice_and_foreign_ones_are_all_there(self) -> None:
+        slots = [(s.mark.policy, s.mark.scheduled_at) for s in self.snapshots if s.mark]
+        assert len(slots) == len(set(slots))
+        assert self.foreign == {s.name for s in self.snapshots if s.mark is None}
+
+
+TestRuns = Runs.TestCase
+TestRuns.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
