@@ -267,5 +267,5 @@ def test_a_hung_libvirtd_is_noticed_and_found_again(
         os.kill(libvirtd.pid, signal.SIGCONT)
     back_at = datetime.now(UTC)
     daemon.wait_for(lambda: [slot for slot in slots(guest) if slot > back_at])
-    assert daemon.metrics()["kvmsnapd_libvirt_up",] == 1
+    daemon.wait_for(lambda: daemon.metrics()["kvmsnapd_libvirt_up",] == 1)
     assert daemon.kill(signal.SIGTERM) == 0
