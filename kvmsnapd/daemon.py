@@ -196,7 +196,7 @@ class Daemon:
             self._publish(LibvirtConnected(uri=self._uri, driver=capabilities.driver, version=capabilities.version))
         # An agent may take long to answer, or never answer; that must not hold up the tick.
         if self._intents.outstanding() and not (self._thawing and self._thawing.is_alive()):
-            self._thawing = threading.Thread(target=self._executor.thaw_leftovers, name="thaw", daemon=True)
+            self._thawing = threading.Thread(target=self._executor.thawer.thaw_all, name="thaw", daemon=True)
             self._thawing.start()
         self._pairs = {pair.name.key: pair for pair in fleet.pairs}
         for record in (self._attempts, self._failures, self._missed):

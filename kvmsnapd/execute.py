@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING
 from kvmsnapd.errors import (
     DomainBusyError,
     DomainLockedError,
-    DomainNotFoundError,
-    GuestAgentRefusedError,
     GuestAgentUnavailableError,
     HypervisorError,
     HypervisorUnreachableError,
@@ -20,7 +18,6 @@ from kvmsnapd.errors import (
 )
 from kvmsnapd.events import (
     DeleteFailed,
-    DomainThawed,
     PruneBlocked,
     RunFinished,
     RunSkipped,
@@ -28,12 +25,12 @@ from kvmsnapd.events import (
     SnapshotDowngraded,
     SnapshotFailed,
     SnapshotTaken,
-    ThawFailed,
 )
-from kvmsnapd.model import Consistency, DomainState
+from kvmsnapd.model import Consistency
 from kvmsnapd.plan import due_for, judge, plan_run
 from kvmsnapd.policy import ConsistencyRule
 from kvmsnapd.prune import Blocked, BlockReason, find_obstacle, newest_of
+from kvmsnapd.thaw import Thawer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -96,8 +93,9 @@ class Executor:
     _used_up: dict[str, tuple[datetime, int]] = field(default_factory=dict)
     # Per pair, the snapshot that libvirt failed to delete the last time.
     _unwilling: dict[str, str] = field(default_factory=dict)
-    # Why a domain could not be thawed yet, so that the same words are published once.
-    _not_thawed: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.thawer = Thawer(self.hypervisor, self.locks, self.intents, self.publish)
 
     def run(self, pair: Pair) -> Outcome:
         """Take what is due for this pair and prune what retention then releases; report all of it as events.
@@ -131,7 +129,7 @@ class Executor:
     def _run_locked(self, pair: Pair) -> Outcome:
         uuid = pair.name.domain_uuid
         if self.intents.exists(uuid):
-            self._thaw(uuid)
+            self.thawer.thaw(uuid)
         plan = self._plan(pair)
         made_room = 0
         if plan.room and not self.intents.exists(uuid):
@@ -194,7 +192,7 @@ class Executor:
     def _after_agent_error(self, pair: Pair, request: TakeRequest, error: GuestAgentUnavailableError) -> str | None:
         """Thaw; then take a crash-consistent snapshot if the policy allows one and nothing was changed."""
         uuid = pair.name.domain_uuid
-        self._thaw(uuid)
+        self.thawer.thaw(uuid)
         active = {disk.path for disk in self.hypervisor.domain(uuid).disks}
         left = [overlay for _, overlay in request.overlays if overlay in active]
         if left:
@@ -334,32 +332,6 @@ class Executor:
         if busy:
             return Blocked(name, BlockReason.CHANGED, f"a block job has begun on {', '.join(busy)}")
         return find_obstacle(domain, name, self.hypervisor.capabilities())
-
-    def thaw_leftovers(self) -> None:
-        """Thaw every domain with a freeze intent; may take as long as agents take to answer, or not to."""
-        for uuid in self.intents.outstanding():
-            try:
-                with self.locks.hold(uuid, wait=timedelta(0)):
-                    self._thaw(uuid)
-            except DomainLockedError:
-                continue  # a take is in flight there, and its own end clears the intent
-
-    def _thaw(self, uuid: str) -> None:
-        """Thaw one domain and clear its intent; an agent that does not answer leaves the intent for later."""
-        try:
-            # A guest that does not run is not frozen; a later start begins thawed.
-            if self.hypervisor.domain(uuid).state is not DomainState.SHUT_OFF:
-                self.hypervisor.thaw(uuid)
-        except (DomainNotFoundError, GuestAgentRefusedError):
-            pass  # gone; or its agent answers and has no thaw, so it had no freeze to carry out either
-        except HypervisorError as error:
-            if self._not_thawed.get(uuid) != str(error):
-                self._not_thawed[uuid] = str(error)
-                self.publish(ThawFailed(domain_uuid=uuid, error=str(error)))
-            return
-        self._not_thawed.pop(uuid, None)
-        self.intents.clear(uuid)
-        self.publish(DomainThawed(domain_uuid=uuid))
 
 
 def _find(domain: Domain, name: str) -> Snapshot | None:

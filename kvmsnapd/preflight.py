@@ -56,9 +56,11 @@ def plan_take(
     Everything is computed from the domain's XML before the first call; nothing is tried to see whether it works.
     """
     refusal = _refuse_domain(domain, policy) or _refuse_kind(domain, policy, capabilities)
+    if refusal:
+        return refusal
     consistency = _consistency(domain, policy)
-    if refusal or isinstance(consistency, Refusal):
-        return refusal or consistency  # type: ignore[return-value]  # one of the two is a Refusal
+    if isinstance(consistency, Refusal):
+        return consistency
     taken_names = {snapshot.name for snapshot in domain.snapshots}
     numbers = (*range(attempt, MOST_ATTEMPTS + 1), *range(1, attempt))
     attempt = next((n for n in numbers if format_name(policy.name, slot, n) not in taken_names), 0)

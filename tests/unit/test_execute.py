@@ -61,7 +61,7 @@ class Bench:
             self.fake,
             self.locks,
             self.intents,
-            self.events.append,
+            lambda event: self.events.append(event),  # noqa: PLW0108  # the list is replaced by `said`
             clock=lambda: self.now,
             stopwatch=lambda: float(next(ticks)),
         )
@@ -77,7 +77,6 @@ class Bench:
         """Return the events of one kind, and forget them."""
         found = [event for event in self.events if type(event) is kind]
         self.events = [event for event in self.events if type(event) is not kind]
-        self.executor.publish = self.events.append
         return found
 
     @property
@@ -182,7 +181,7 @@ def test_an_agent_that_may_still_freeze_is_thawed_until_it_answers(bench: Bench)
     bench.run()
     assert bench.intents.outstanding() == [bench.uuid]
     for _ in range(2):
-        bench.executor.thaw_leftovers()
+        bench.executor.thawer.thaw_all()
     assert bench.intents.outstanding() == []
     assert bench.fake.frozen == set()
     assert [event.error for event in bench.said(ThawFailed)] == ["agent did not answer"]
@@ -215,14 +214,14 @@ def test_the_intent_is_on_disk_while_libvirt_works(bench: Bench) -> None:
 def test_a_guest_that_was_shut_off_meanwhile_needs_no_thaw(bench: Bench) -> None:
     bench.intents.record(bench.uuid)
     bench.fake.add(replace(bench.fake.domains[bench.uuid], state=DomainState.SHUT_OFF))
-    bench.executor.thaw_leftovers()
+    bench.executor.thawer.thaw_all()
     assert bench.intents.outstanding() == []
     assert ("thaw", bench.uuid) not in bench.fake.calls
 
 
 def test_intents_of_domains_that_are_gone_are_dropped(bench: Bench) -> None:
     bench.intents.record("00000000-0000-0000-0000-000000000000")
-    bench.executor.thaw_leftovers()
+    bench.executor.thawer.thaw_all()
     assert bench.intents.outstanding() == []
 
 
