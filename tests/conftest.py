@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import shutil
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import libvirt
 import pytest
 
 from tests.lab import ingredients
 from tests.lab.commands import LabError
-from tests.lab.guest import Guest
+from tests.lab.generations import OTHER_ROOT_VARIABLE
+from tests.lab.generations import roots as generation_roots
+from tests.lab.guest import guests_on
 from tests.lab.libvirtd import Libvirtd, unpacked_programs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
+
+    from tests.lab.guest import Guest
 
 _QEMU_TOOLS = ("virsh", "qemu-system-x86_64", "unshare", "nsenter", "debugfs")
 
@@ -34,44 +37,49 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         return
     reason = _why_no_guests()
     if reason is not None:
-        if os.environ.get("CI"):
-            pytest.fail(f"cannot run guests: {reason}", pytrace=False)
-        pytest.skip(f"cannot run guests: {reason}")
+        _cannot_run(reason)
 
 
 @pytest.fixture(scope="session")
-def libvirtd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Libvirtd]:
-    """Provide one private libvirtd for the whole session; a test that kills it must start it again."""
-    with Libvirtd(tmp_path_factory.mktemp("libvirtd")) as daemon:
-        yield daemon
+def generations(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Libvirtd]]:
+    """Provide private libvirtds by the name of their generation, each started when first asked for.
+
+    One of each lives through the whole session; a test that kills it must start it again.
+    """
+    roots = generation_roots()
+    shared = (tmp_path_factory.getbasetemp(), ingredients.CACHE)
+    running: dict[str, Libvirtd] = {}
+    with contextlib.ExitStack() as clean_up:
+
+        def get(name: str) -> Libvirtd:
+            if name not in running:
+                root = roots.get(name)
+                if root is None:
+                    _cannot_run(f"{name} is neither the machine's own nor below ${OTHER_ROOT_VARIABLE}")
+                daemon = Libvirtd(tmp_path_factory.mktemp(name, numbered=False), root, shared)
+                running[name] = clean_up.enter_context(daemon)
+            return running[name]
+
+        yield get
+
+
+@pytest.fixture(params=list(generation_roots()))
+def libvirtd(request: pytest.FixtureRequest, generations: Callable[[str], Libvirtd]) -> Libvirtd:
+    """Provide a private libvirtd; whoever uses it runs once on each generation."""
+    return generations(request.param)
 
 
 @pytest.fixture
 def make_guest(libvirtd: Libvirtd, tmp_path: Path) -> Iterator[Callable[..., Guest]]:
-    """Make guests with the options of `Guest`, plus `running`: up when returned (the default) or shut off.
-
-    Each has a name of its own and is gone after the test, with its snapshots and files. So are storage pools,
-    which the program under test makes.
-    """
-    with contextlib.ExitStack() as clean_up:
-
-        def make(*, running: bool = True, **options: object) -> Guest:
-            name = f"guest{next(_numbers)}"
-            guest = Guest(libvirtd, name, tmp_path / name, **options)  # type: ignore[arg-type]
-            clean_up.callback(guest.remove)
-            guest.define()
-            if running:
-                guest.start()
-                guest.wait_up()
-            return guest
-
+    """Make guests on `libvirtd`; they are gone after the test. See `guests_on` for the options."""
+    with guests_on(libvirtd, tmp_path) as make:
         yield make
-        libvirtd.start()  # a failed test may have left it dead
-        for pool in libvirtd.connect().listAllStoragePools():
-            pool.destroy()
 
 
-_numbers = itertools.count(1)
+def _cannot_run(reason: str) -> NoReturn:
+    if os.environ.get("CI"):
+        pytest.fail(f"cannot run guests: {reason}", pytrace=False)
+    pytest.skip(f"cannot run guests: {reason}")
 
 
 def _why_no_guests() -> str | None:

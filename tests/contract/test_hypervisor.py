@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
@@ -16,14 +18,14 @@ from kvmsnapd.policy import ConsistencyRule
 from kvmsnapd.preflight import plan_take
 from tests.builders import a_domain, a_policy
 from tests.fakes import FakeHypervisor
+from tests.lab.generations import roots as generation_roots
+from tests.lab.guest import guests_on
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from pathlib import Path
 
     from kvmsnapd.hypervisor import Hypervisor
-    from tests.lab.guest import Guest
-    from tests.lab.libvirtd import Libvirtd
 
 NOWHERE = "00000000-0000-0000-0000-000000000000"
 SLOT = datetime(2026, 11, 22, 9, tzinfo=UTC)
@@ -82,9 +84,11 @@ def driver_ground(request: pytest.FixtureRequest, *, runs: bool) -> Ground:
     return Ground(host, inventory.uuid, Kind.INTERNAL, lambda name: raw.snapshotCreateXML(_foreign(name), 0), runs)
 
 
-def qemu_ground(request: pytest.FixtureRequest, kind: Kind, **options: object) -> Ground:
-    guest: Guest = request.getfixturevalue("make_guest")(**options)
-    libvirtd: Libvirtd = request.getfixturevalue("libvirtd")
+def qemu_ground(request: pytest.FixtureRequest, generation: str, kind: Kind, **options: object) -> Ground:
+    libvirtd = request.getfixturevalue("generations")(generation)
+    guests = contextlib.ExitStack()
+    request.addfinalizer(guests.close)
+    guest = guests.enter_context(guests_on(libvirtd, request.getfixturevalue("tmp_path")))(**options)
     host = LibvirtHost(libvirtd.uri)
     request.addfinalizer(host.close)
     disk_only = 16 if kind is Kind.EXTERNAL else 0
@@ -103,23 +107,28 @@ def _foreign(name: str) -> str:
 
 GROUNDS = {
     "fake": fake_ground,
-    "test-driver": lambda request: driver_ground(request, runs=True),
-    "test-driver-off": lambda request: driver_ground(request, runs=False),
-    "qemu-external": lambda request: qemu_ground(request, Kind.EXTERNAL),
-    "qemu-external-raw-two-disks": lambda request: qemu_ground(
-        request, Kind.EXTERNAL, image_format="raw", disks=2, agent=False
-    ),
-    "qemu-external-off": lambda request: qemu_ground(request, Kind.EXTERNAL, running=False),
-    "qemu-internal": lambda request: qemu_ground(request, Kind.INTERNAL, agent=False),
-    "qemu-internal-off": lambda request: qemu_ground(request, Kind.INTERNAL, running=False),
+    "test-driver": partial(driver_ground, runs=True),
+    "test-driver-off": partial(driver_ground, runs=False),
+}
+QEMU_GROUNDS = {
+    "qemu-external": partial(qemu_ground, kind=Kind.EXTERNAL),
+    "qemu-external-raw-two-disks": partial(qemu_ground, kind=Kind.EXTERNAL, image_format="raw", disks=2, agent=False),
+    "qemu-external-off": partial(qemu_ground, kind=Kind.EXTERNAL, running=False),
+    "qemu-internal": partial(qemu_ground, kind=Kind.INTERNAL, agent=False),
+    "qemu-internal-off": partial(qemu_ground, kind=Kind.INTERNAL, running=False),
 }
 
 
 @pytest.fixture(
-    params=[pytest.param(name, marks=[pytest.mark.qemu] if name.startswith("qemu") else []) for name in GROUNDS]
+    params=[pytest.param(make, id=name) for name, make in GROUNDS.items()]
+    + [
+        pytest.param(partial(make, generation=generation), id=f"{name}-{generation}", marks=pytest.mark.qemu)
+        for name, make in QEMU_GROUNDS.items()
+        for generation in generation_roots()
+    ]
 )
-def ground(request: pytest.FixtureRequest) -> Iterator[Ground]:
-    return GROUNDS[request.param](request)  # type: ignore[return-value]
+def ground(request: pytest.FixtureRequest) -> Ground:
+    return request.param(request)  # type: ignore[no-any-return]
 
 
 def test_a_new_domain_is_listed_without_snapshots(ground: Ground) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import contextlib
+import itertools
 import json
 import re
 import shutil
@@ -19,6 +21,8 @@ from tests.lab import ingredients
 from tests.lab.commands import LabError, run
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from tests.lab.libvirtd import Libvirtd
 
 _UP_WITHIN_S = 60.0
@@ -27,6 +31,34 @@ _UP_WITHIN_S = 60.0
 _AGENT_TIMEOUT_S = 10
 _AGENT_CHUNK = 48 * 1024
 """Bytes per agent message; one message must stay well below what libvirt lets through."""
+
+
+_numbers = itertools.count(1)
+
+
+@contextlib.contextmanager
+def guests_on(libvirtd: Libvirtd, directory: Path) -> Iterator[Callable[..., Guest]]:
+    """Make guests with the options of `Guest`, plus `running`: up when returned (the default) or shut off.
+
+    Each has a name of its own and is gone afterwards, with its snapshots and files. So are storage pools,
+    which the program under test makes.
+    """
+    with contextlib.ExitStack() as clean_up:
+
+        def make(*, running: bool = True, **options: Any) -> Guest:  # noqa: ANN401
+            name = f"guest{next(_numbers)}"
+            guest = Guest(libvirtd, name, directory / name, **options)
+            clean_up.callback(guest.remove)
+            guest.define()
+            if running:
+                guest.start()
+                guest.wait_up()
+            return guest
+
+        yield make
+        libvirtd.start()  # a failed test may have left it dead
+        for pool in libvirtd.connect().listAllStoragePools():
+            pool.destroy()
 
 
 @dataclass(frozen=True)

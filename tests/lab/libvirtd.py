@@ -81,8 +81,8 @@ class Libvirtd:
 
     `directory` holds all it writes: settings, state, logs (`log/`), sockets. Its path must be short, since a
     socket's is limited to 107 bytes. `root` is the root directory to run libvirtd and QEMU from; another one
-    than `/`, say an unpacked newer Debian, tests another libvirt generation. What such a daemon must see of
-    ours (disk images, the guest's kernel) is named in `shared`.
+    than `/`, say an unpacked newer Debian, tests another libvirt generation. Nothing is written to it, so several
+    may run from one. What such a daemon must see of ours (disk images, the guest's kernel) is named in `shared`.
 
     `start` and `stop` are the host's boot and power cut; between them `kill` and `start` are the daemon's own
     death and return, which guests survive. Used as a context manager it is up inside and gone after.
@@ -90,8 +90,8 @@ class Libvirtd:
 
     def __init__(self, directory: Path, root: Path = Path("/"), shared: tuple[Path, ...] = ()) -> None:
         self.directory = directory.resolve()
-        self._root = root
-        self._shared = shared
+        self.root = root
+        self.shared = shared
         self._sockets = self.directory / "sock"
         self._holder: subprocess.Popen[bytes] | None = None
         longest = self._sockets / "libvirt-admin-sock"
@@ -219,11 +219,11 @@ class Libvirtd:
             (self.directory / kind).mkdir(parents=True, exist_ok=True)
         (self.directory / "etc/libvirtd.conf").write_text(_LIBVIRTD_CONF.format(sockets=self._sockets))
         (self.directory / "etc/qemu.conf").write_text(_QEMU_CONF)
-        unpacked = unpacked_programs(self._root) or ""
+        unpacked = unpacked_programs(self.root) or ""
         with (self.directory / "log/namespace.log").open("wb") as log:
             holder = subprocess.Popen(
-                [*_NEW_NAMESPACES, str(_NAMESPACE_SCRIPT), str(self.directory), str(self._root), unpacked]
-                + [str(path) for path in self._shared],
+                [*_NEW_NAMESPACES, str(_NAMESPACE_SCRIPT), str(self.directory), str(self.root), unpacked]
+                + [str(path) for path in self.shared],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -244,7 +244,7 @@ class Libvirtd:
         enter = ["nsenter", f"--mount={process}/ns/mnt", f"--pid={process}/ns/pid_for_children"]
         # By itself a mount namespace is entered at its very root, outside of any chroot that we are in.
         enter += [f"--root={process}/root", f"--wd={process}/root"]
-        return run(*enter, "chroot", str(self._root), *command, timeout_s=_READY_WITHIN_S)
+        return run(*enter, "chroot", str(self.root), *command, timeout_s=_READY_WITHIN_S)
 
     def _log_tail(self, lines: int = 30) -> str:
         log = self.directory / "log/libvirtd.log"

@@ -10,17 +10,25 @@ bind() {
     mount --bind "$1" "$2"
 }
 
-# Another root: what it shares with ours has the same path in both.
+# By the old system call: in the new one, which Debian 13 uses, an option has room for 256 bytes only.
+overlay() {
+    LIBMOUNT_FORCE_MOUNT2=always mount -t overlay -o "$1" overlay "$2"
+}
+
+# Another root stays as it is, since others may use it too: what is written in it goes to memory. What it shares with
+# ours has the same path in both.
 if [ -n "$root" ]; then
+    changes=$directory/changes
+    mkdir -p "$changes"
+    mount -t tmpfs changes "$changes"
+    mkdir "$changes/upper" "$changes/work"
+    overlay "lowerdir=$root,upperdir=$changes/upper,workdir=$changes/work" "$root"
     for path in "$directory" "$@"; do bind "$path" "$root$path"; done
     mount --rbind /sys "$root/sys"
 fi
 
-# A libvirtd that is only unpacked, as if it were installed. By the old system call: in the new one, which Debian 13
-# uses, an option has room for 256 bytes only.
-if [ -n "$unpacked" ]; then
-    LIBMOUNT_FORCE_MOUNT2=always mount -t overlay -o "lowerdir=$unpacked:$root/usr" usr "$root/usr"
-fi
+# A libvirtd that is only unpacked, as if it were installed.
+if [ -n "$unpacked" ]; then overlay "lowerdir=$unpacked:$root/usr" "$root/usr"; fi
 
 rm -rf "$directory/run" # new namespaces are a host that has just booted
 bind "$directory/etc" "$root/etc/libvirt"

@@ -30,6 +30,18 @@ _QUIESCED = (
 )
 
 
+def test_each_generation_is_what_its_name_says(libvirtd: Libvirtd, request: pytest.FixtureRequest) -> None:
+    version = libvirtd.connect().getLibVersion()
+    assert request.node.callspec.params["libvirtd"] == f"libvirt{version // 1_000_000}"
+
+
+def test_the_generations_are_two_of_libvirt_and_of_qemu(generations: Callable[[str], Libvirtd]) -> None:
+    old, new = (generations(name).connect() for name in ("libvirt9", "libvirt11"))
+    assert old.getLibVersion() // 1_000_000 == 9
+    assert new.getLibVersion() // 1_000_000 >= 11
+    assert old.getVersion() < new.getVersion()  # QEMU's
+
+
 def test_a_guest_is_up_within_seconds(make_guest: Callable[..., Guest]) -> None:
     guest = make_guest(running=False)
     started = time.monotonic()
@@ -97,10 +109,12 @@ def test_a_guest_survives_its_libvirtd(libvirtd: Libvirtd, make_guest: Callable[
     guest.wait_up()  # a new daemon takes a moment to find the agent again
 
 
-def test_two_daemons_do_not_disturb_each_other(libvirtd: Libvirtd, make_guest: Callable[..., Guest]) -> None:
+def test_two_daemons_do_not_disturb_each_other(
+    libvirtd: Libvirtd, make_guest: Callable[..., Guest], tmp_path_factory: pytest.TempPathFactory
+) -> None:
     guest = make_guest(agent=False)
-    other_directory = libvirtd.directory.with_name("other")
-    with Libvirtd(other_directory) as other:
+    other_directory = tmp_path_factory.mktemp("other")
+    with Libvirtd(other_directory, libvirtd.root, libvirtd.shared) as other:
         assert other.virsh("list", "--all", "--name").split() == []
         other.connect().defineXML(guest.domain.XMLDesc())  # the same name and identity, another host
         assert other.virsh("list", "--all", "--name").split() == [guest.name]
@@ -113,12 +127,12 @@ def test_two_daemons_do_not_disturb_each_other(libvirtd: Libvirtd, make_guest: C
     assert guest.alive()
 
 
-def test_a_killed_test_run_leaves_nothing_behind(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_killed_test_run_leaves_nothing_behind(libvirtd: Libvirtd, tmp_path_factory: pytest.TempPathFactory) -> None:
     directory = tmp_path_factory.mktemp("orphan")
     script = f"""
 from pathlib import Path
 from tests.lab.libvirtd import Libvirtd
-daemon = Libvirtd(Path({str(directory)!r}))
+daemon = Libvirtd(Path({str(directory)!r}), Path({str(libvirtd.root)!r}))
 daemon.start()
 print(*daemon.processes().values(), flush=True)
 input()
