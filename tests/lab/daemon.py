@@ -122,9 +122,10 @@ class DaemonProcess:
             ended = self.process is not None and self.process.poll() is not None
             if ended or time.monotonic() > deadline:
                 state = f"ended with {self.process.returncode}" if ended and self.process else "still runs"
-                msg = f"the daemon {state} and this did not come true within {within_s} s\n{self._log_tail()}"
+                tail = self._log_tail(120 if ended else 25)  # all threads' stacks, should it have crashed
+                msg = f"the daemon {state} and this did not come true within {within_s} s\n{tail}"
                 raise LabError(msg)
             time.sleep(0.02)
 
-    def _log_tail(self, lines: int = 25) -> str:
+    def _log_tail(self, lines: int) -> str:
         return "\n".join(self.log.read_text().splitlines()[-lines:]) if self.log.exists() else "(no log)"
