@@ -10,9 +10,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
+from kvmsnapd.audit import audit
 from kvmsnapd.config import load_config
+from kvmsnapd.diagnosis import Level
 from kvmsnapd.errors import ConfigError, HypervisorError, KvmsnapdError
 from kvmsnapd.events import (
+    AuditFinding,
     ConfigLoaded,
     ConfigRejected,
     DaemonStarted,
@@ -22,14 +25,16 @@ from kvmsnapd.events import (
     LibvirtLost,
     RunSkipped,
 )
-from kvmsnapd.execute import Executor
+from kvmsnapd.execute import PATIENCE, Executor
 from kvmsnapd.fleet import survey
+from kvmsnapd.gates import HostGate, StorageGates
 from kvmsnapd.http_server import MetricsServer
 from kvmsnapd.libvirt_host import LibvirtHost
 from kvmsnapd.logs import configure_logging, log_event
-from kvmsnapd.metrics import Metrics, Observation
+from kvmsnapd.metrics import Metrics
 from kvmsnapd.scheduler import JobScheduler, Wanted, retry_delay
 from kvmsnapd.state_files import DomainLocks, FreezeIntents
+from kvmsnapd.state_series import Observation
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -47,7 +52,20 @@ _SHORTEST_TICK_SECONDS = 1.0
 _RECONNECT_SECONDS = 2.0
 """How often a lost libvirt is asked for; the connection itself spaces its attempts out further."""
 
-_FIXED = ("connect", "workers", "metrics", "state_directory", "runtime_directory")
+_CLOSE_SECONDS = 5.0
+
+_STUCK_RUNS = 6
+"""How many runs may be stuck while all workers go on. libvirtd serves 20 calls at once, and others call it too."""
+
+_FIXED = (
+    "connect",
+    "workers",
+    "takes_per_storage",
+    "merges_per_storage",
+    "metrics",
+    "state_directory",
+    "runtime_directory",
+)
 """Settings that a reload does not change; they need a restart, which the log then says."""
 
 _CLOCK_TOLERANCE = timedelta(minutes=1)
@@ -65,6 +83,7 @@ class _Failures:
 
     count: int
     last_at: datetime
+    quarantined: bool = False
 
 
 class Daemon:
@@ -109,9 +128,16 @@ class Daemon:
             msg = f"cannot use {error.filename}: {error.strerror}; set runtime_directory and state_directory"
             raise KvmsnapdError(msg) from error
         self._executor = Executor(
-            self._host, locks, self._intents, self._publish, clock=read_clock, stopwatch=time.monotonic
+            self._host,
+            locks,
+            self._intents,
+            self._publish,
+            clock=read_clock,
+            stopwatch=time.monotonic,
+            host_gate=HostGate(places=settings.workers, patience=PATIENCE),
+            gates=StorageGates(takes=settings.takes_per_storage, heavy=settings.merges_per_storage),
         )
-        self._scheduler = JobScheduler(self._run_pair, workers=settings.workers)
+        self._scheduler = JobScheduler(self._run_pair, workers=settings.workers + _STUCK_RUNS)
         self._pairs: dict[str, Pair] = {}
         self._failures: dict[str, _Failures] = {}
         self._thawing: threading.Thread | None = None
@@ -143,6 +169,10 @@ class Daemon:
         ended = self._scheduler.stop(DRAIN)
         if self.server:
             self.server.close()
+        # Takes down what was only made for us; a libvirt that does not answer must not hold up the end.
+        closing = threading.Thread(target=self._host.close, name="close", daemon=True)
+        closing.start()
+        closing.join(_CLOSE_SECONDS)
         self._publish(DaemonStopped(unfinished=tuple(sorted(self._scheduler.active()))))
         return 0 if ended else 1
 
@@ -194,6 +224,7 @@ class Daemon:
             return
         if not self._libvirt_up:
             self._publish(LibvirtConnected(uri=self._uri, driver=capabilities.driver, version=capabilities.version))
+            threading.Thread(target=self._audit, args=(fleet, now), name="audit", daemon=True).start()
         # An agent may take long to answer, or never answer; that must not hold up the tick.
         if self._intents.outstanding() and not (self._thawing and self._thawing.is_alive()):
             self._thawing = threading.Thread(target=self._executor.thawer.thaw_all, name="thaw", daemon=True)
@@ -210,11 +241,31 @@ class Daemon:
         if changes:
             self._publish(JobsChanged(added=changes.added, changed=changes.changed, removed=changes.removed))
 
+    def _audit(self, fleet: Fleet, now: datetime) -> None:
+        """Report what is wrong, once per connection; a large host takes seconds to read, so beside the tick."""
+        try:
+            seen = audit(self._host, fleet, intents=self._intents.outstanding(), now=now)
+        except HypervisorError as error:
+            logging.getLogger(__name__).warning("the audit was cut off: %s", error)
+            return
+        except Exception:  # of a thread's own, which would write it on stderr as it is
+            logging.getLogger(__name__).exception("the audit ended in an unforeseen error")
+            return
+        for finding in seen.findings:
+            if finding.level is not Level.NOTE:
+                self._publish(
+                    AuditFinding(
+                        grade=finding.level, subject=finding.subject, text=finding.text, command=finding.command
+                    )
+                )
+
     def _wanted(self, pair: Pair, now: datetime) -> Wanted:
         run_at = pair.due.run_at
         failures = self._failures.get(pair.name.key)
         if failures and pair.due.slot:
-            delay = retry_delay(failures.count, pair.policy.schedule.longest_interval)
+            # A quarantine ends when a person has changed something: looked at now and then, and cheap.
+            count = 10 if failures.quarantined else failures.count
+            delay = retry_delay(count, pair.policy.schedule.longest_interval)
             # A failure dated in the future, under a clock that was wrong, holds nothing up.
             if failures.last_at <= now + _CLOCK_TOLERANCE:
                 run_at = max(run_at, failures.last_at + delay)
@@ -237,7 +288,7 @@ class Daemon:
         outcome = self._executor.run(pair)
         if outcome.wants_retry:
             before = self._failures.get(key)
-            self._failures[key] = _Failures(before.count + 1 if before else 1, read_clock())
+            self._failures[key] = _Failures(before.count + 1 if before else 1, read_clock(), outcome.quarantined)
         else:
             self._failures.pop(key, None)
         self._tick_wanted.set()
@@ -255,6 +306,7 @@ class Daemon:
         before, after = self._started_with, config.settings
         configure_logging(level=after.log.level, form=after.log.format)
         self._config, self._config_ok, self._config_loaded_at = config, True, read_clock()
+        self._failures.clear()  # what was in the way may be what the edit was for
         self._publish_config(config, tuple(n for n in _FIXED if getattr(before, n) != getattr(after, n)))
         self._tick_wanted.set()
 

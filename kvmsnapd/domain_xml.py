@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import xml.etree.ElementTree as ET
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from io import StringIO
+from typing import TYPE_CHECKING
+from xml.sax.saxutils import escape
 
 from kvmsnapd.model import Disk, Kind, Snapshot, TakeRequest
 from kvmsnapd.naming import format_description, parse_mark
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from kvmsnapd.model import Mark
 
 AGENT_CHANNEL = "org.qemu.guest_agent.0"
 _PFLASH = ("os[@firmware='efi']", "os/loader[@type='pflash']", "os/nvram")
@@ -20,6 +29,7 @@ class DomainDocument:
     disks: tuple[Disk, ...]
     pflash: bool
     agent_connected: bool
+    memory_bytes: int
 
 
 def parse_domain(text: str) -> DomainDocument:
@@ -34,6 +44,7 @@ def parse_domain(text: str) -> DomainDocument:
         disks=tuple(_parse_disk(element) for element in root.iterfind("devices/disk")),
         pflash=any(root.find(path) is not None for path in _PFLASH),
         agent_connected=channel is not None and channel.get("state") == "connected",
+        memory_bytes=int(root.findtext("memory", "0")) * 1024,  # libvirt states it in KiB, whatever unit was given
     )
 
 
@@ -44,6 +55,7 @@ def _parse_disk(element: ET.Element) -> Disk:
         device=element.get("device", "disk"),
         source_type=element.get("type", "file"),
         path=_path(source) or None if source is not None else None,
+        pool=source.get("pool") if source is not None else None,
         format=driver.get("type", "raw") if driver is not None else "raw",
         readonly=element.find("readonly") is not None or element.get("device") == "cdrom",
         shareable=element.find("shareable") is not None,
@@ -56,7 +68,7 @@ def _parse_disk(element: ET.Element) -> Disk:
 
 
 def _path(source: ET.Element) -> str:
-    return source.get("file") or source.get("dev") or ""
+    return source.get("file") or source.get("dev") or source.get("volume") or ""
 
 
 def parse_snapshot(text: str) -> Snapshot:
@@ -87,7 +99,41 @@ def parse_snapshot(text: str) -> Snapshot:
             for disk in root.iterfind("disks/disk[@snapshot='external']")
             for source in disk.iterfind("source")
         ),
+        covers=tuple(_covered(root)),
+        memory_file=memory.get("file") if memory is not None else None,
     )
+
+
+def _covered(root: ET.Element) -> Iterator[tuple[str, str]]:
+    """Yield target and active file of each disk of the domain as it was when the snapshot was taken."""
+    for disk in root.iterfind("domain/devices/disk"):
+        target, source = disk.find("target"), disk.find("source")
+        if target is not None and source is not None:
+            yield target.get("dev", ""), _path(source)
+
+
+def with_description(text: str, mark: Mark) -> str:
+    """Return the XML of a snapshot of ours with this mark as its description, every other byte as it was."""
+    element = f"<description>{escape(format_description(mark))}</description>"
+    # The snapshot's own is the first; its domain may have another.
+    return re.sub(r"<description>.*?</description>", lambda _: element, text, count=1, flags=re.DOTALL)
+
+
+def with_files_for_volumes(text: str, files: Mapping[str, str]) -> str:
+    """Return a snapshot's XML in which the covered disks with these targets are files, not volumes of a pool."""
+    for _, (prefix, uri) in ET.iterparse(StringIO(text), events=["start-ns"]):  # noqa: S314  # libvirt's own
+        if not re.fullmatch(r"ns\d+", prefix):  # reserved by ElementTree
+            ET.register_namespace(prefix, uri)
+    root = ET.fromstring(text)  # noqa: S314  # from libvirt, which wrote it itself
+    for disk in root.iterfind(".//devices/disk[@type='volume']"):
+        target, source = disk.find("target"), disk.find("source")
+        path = files.get(target.get("dev", "")) if target is not None else None
+        if path and source is not None:
+            disk.set("type", "file")
+            for attribute in ("pool", "volume", "mode", "index"):
+                source.attrib.pop(attribute, None)
+            source.set("file", path)
+    return ET.tostring(root, encoding="unicode")
 
 
 def format_request(request: TakeRequest) -> str:
@@ -95,6 +141,8 @@ def format_request(request: TakeRequest) -> str:
     root = ET.Element("domainsnapshot")
     ET.SubElement(root, "name").text = request.name
     ET.SubElement(root, "description").text = format_description(request.mark)
+    if request.memory_file:
+        ET.SubElement(root, "memory", snapshot="external", file=request.memory_file)
     if request.overlays or request.excluded:
         disks = ET.SubElement(root, "disks")
         for target, overlay in request.overlays:

@@ -10,10 +10,12 @@
         ├── DomainBusyError              another job holds the domain; heals by itself
         ├── SnapshotNotFoundError
         ├── SnapshotExistsError
+        ├── StorageFullError             no space; nothing was changed
         └── GuestAgentUnavailableError   asked to quiesce, and the guest agent did not do it
             └── GuestAgentRefusedError   it answered, with an error
+                └── GuestFrozenError         that somebody else has frozen the guest
 
-A refusal to touch a domain is not an error but an answer: see :class:`kvmsnapd.plan.Refusal`.
+A refusal to touch a domain is not an error but an answer: see :class:`kvmsnapd.refusal.Refusal`.
 """
 
 from __future__ import annotations
@@ -97,6 +99,12 @@ class SnapshotExistsError(HypervisorError):
     reason = "snapshot_exists"
 
 
+class StorageFullError(HypervisorError):
+    """There was no space for what was asked; libvirt has undone what it had begun."""
+
+    reason = "space"
+
+
 class GuestAgentUnavailableError(HypervisorError):
     """The guest agent was asked to freeze the file systems and did not; no snapshot was taken."""
 
@@ -105,3 +113,9 @@ class GuestAgentUnavailableError(HypervisorError):
 
 class GuestAgentRefusedError(GuestAgentUnavailableError):
     """The guest agent answered with an error, for example because the command is disabled in the guest."""
+
+
+class GuestFrozenError(GuestAgentRefusedError):
+    """The guest's file systems are frozen already, and not by us: a backup program at work, or one that died."""
+
+    reason = "frozen"

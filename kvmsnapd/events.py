@@ -47,7 +47,12 @@ class RunEvent(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SnapshotTaken(RunEvent):
-    """A snapshot exists that did not before; ``duration_seconds`` is libvirt's call alone."""
+    """A snapshot exists that did not before; ``duration_seconds`` is libvirt's call alone.
+
+    ``frozen`` are the mount points that the guest agent froze, for no longer than the call took: libvirt does not tell
+    how much of it. ``paused_seconds`` is how long a guest stood still whose RAM was saved. ``excluded`` are the disks
+    that the policy leaves out.
+    """
 
     NAME: ClassVar[str] = "snapshot.taken"
     snapshot: str
@@ -55,6 +60,18 @@ class SnapshotTaken(RunEvent):
     kind: str
     consistency: str
     duration_seconds: float
+    frozen: tuple[str, ...] = ()
+    excluded: tuple[str, ...] = ()
+    paused_seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SnapshotUnchanged(RunEvent):
+    """No snapshot was needed: the domain is shut off and its disks are still those of ``snapshot``."""
+
+    NAME: ClassVar[str] = "snapshot.unchanged"
+    snapshot: str
+    scheduled_at: datetime
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +82,42 @@ class SnapshotDowngraded(RunEvent):
     SEVERITY: ClassVar[Severity] = Severity.WARNING
     snapshot: str
     error: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GuestFrozen(RunEvent):
+    """A guest was found frozen, and not by us: it was left so; its own writes wait until somebody thaws it."""
+
+    NAME: ClassVar[str] = "guest.frozen"
+    SEVERITY: ClassVar[Severity] = Severity.WARNING
+    error: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DomainExamined(RunEvent):
+    """What a run found below the domain: overlays by disk, free bytes by folder, where libvirt can say."""
+
+    NAME: ClassVar[str] = "domain.examined"
+    SEVERITY: ClassVar[Severity] = Severity.DEBUG
+    chain_depth: dict[str, int]
+    free_bytes: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HookFinished(RunEvent):
+    """A program of the policy's hooks has ended, or was not let go on; ``output`` is cut."""
+
+    NAME: ClassVar[str] = "hook.finished"
+    hook: str
+    ok: bool
+    detail: str
+    output: str
+    duration_seconds: float
+
+    @property
+    def severity(self) -> Severity:
+        """A failure is worth a look."""
+        return Severity.INFO if self.ok else Severity.WARNING
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,27 +155,53 @@ class DeleteFailed(RunEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PruneBlocked(RunEvent):
-    """Released snapshots have to wait; ``blocked`` maps each reason to how many wait for it."""
+    """Released snapshots have to wait; ``blocked`` maps each reason to how many wait for it.
+
+    ``again``: it is as it was in the run before.
+    """
 
     NAME: ClassVar[str] = "prune.blocked"
-    SEVERITY: ClassVar[Severity] = Severity.WARNING
     blocked: dict[str, int]
     detail: str
+    again: bool = False
+
+    @property
+    def severity(self) -> Severity:
+        """What lasts is told once."""
+        return Severity.DEBUG if self.again else Severity.WARNING
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunSkipped(RunEvent):
-    """Nothing was tried: the domain was refused or locked, or its slot was given up."""
+    """Nothing was tried: the domain was refused or locked, or its slot was given up.
+
+    ``quarantined``: for a reason that only a person can change; ``again``: and the run before had the same.
+    """
 
     NAME: ClassVar[str] = "run.skipped"
-    SEVERITY: ClassVar[Severity] = Severity.WARNING
     reason: str
     detail: str
+    quarantined: bool = False
+    again: bool = False
+
+    @property
+    def severity(self) -> Severity:
+        """A quarantine is told once."""
+        return Severity.DEBUG if self.again else Severity.WARNING
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunStuck(RunEvent):
+    """A run takes so long that its place was given to others; its domain is left alone until it ends."""
+
+    NAME: ClassVar[str] = "run.stuck"
+    SEVERITY: ClassVar[Severity] = Severity.ERROR
+    after_seconds: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunFinished(RunEvent):
-    """The one line that sums a run up. ``result`` is taken, nothing_due, skipped or failed."""
+    """The one line that sums a run up. ``result`` is taken, unchanged, nothing_due, skipped or failed."""
 
     NAME: ClassVar[str] = "run.finished"
     result: str
@@ -214,6 +293,18 @@ class ThawFailed(Event):
     SEVERITY: ClassVar[Severity] = Severity.ERROR
     domain_uuid: str
     error: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuditFinding(Event):
+    """Something the daemon found wrong when it connected to libvirt, and the command that ends it."""
+
+    NAME: ClassVar[str] = "audit.finding"
+    SEVERITY: ClassVar[Severity] = Severity.WARNING
+    grade: str
+    subject: str
+    text: str
+    command: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

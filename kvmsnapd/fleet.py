@@ -35,12 +35,11 @@ class Pair:
     policy: Policy
     snapshots: tuple[Snapshot, ...]
     newest: Snapshot | None
+    last_success_at: datetime | None
+    """The latest instant whose state the newest good snapshot holds: when it was taken, or last seen unchanged."""
     due: Due
-
-    @property
-    def last_success_at(self) -> datetime | None:
-        """When the newest good snapshot was really taken, or None before the first."""
-        return self.newest.mark.taken_at if self.newest and self.newest.mark else None
+    policies: tuple[Policy, ...] = ()
+    """All policies of the domain, which share one backing chain."""
 
     def age(self, now: datetime) -> timedelta | None:
         """Return how old the newest good snapshot is, or None before the first."""
@@ -89,7 +88,7 @@ def survey(
     inventories = tuple(domains)
     assignments = assign(selectors, inventories)
     pairs = tuple(
-        _pair(domain, policy, now)
+        _pair(domain, policy, assignment.policies, now)
         for domain, assignment in zip(inventories, assignments, strict=True)
         for policy in assignment.policies
     )
@@ -104,9 +103,19 @@ def survey(
     )
 
 
-def _pair(domain: Inventory, policy: Policy, now: datetime) -> Pair:
+def explain_unprotected(assignment: Assignment) -> str:
+    """Return why a domain has no policy, and what to do about it."""
+    if assignment.patterns:
+        both = " and ".join(assignment.patterns)
+        return f"unprotected: {both} fit it equally well and disagree; name it on a line of its own"
+    return "unprotected: no entry under domains fits it; give it policies, or [] if that is meant"
+
+
+def _pair(domain: Inventory, policy: Policy, policies: tuple[Policy, ...], now: datetime) -> Pair:
     own = [(s.mark, s) for s in domain.of_policy(policy.name) if s.mark]
     own.sort(key=lambda entry: (entry[0].scheduled_at, entry[0].attempt), reverse=True)
-    good = (s for mark, s in own if max(mark.scheduled_at, mark.taken_at) <= now)
+    good = ((mark, s) for mark, s in own if max(mark.scheduled_at, mark.taken_at) <= now)
+    mark, newest = next(good, (None, None))
     name = PairName(domain.name, domain.uuid, policy.name)
-    return Pair(name, policy, tuple(s for _, s in own), next(good, None), due_for(domain, policy, now))
+    last = mark.good_at(now) if mark else None
+    return Pair(name, policy, tuple(s for _, s in own), newest, last, due_for(domain, policy, now), policies)

@@ -10,7 +10,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from kvmsnapd.model import Capabilities, Domain, Inventory, Snapshot, TakeRequest
+    from collections.abc import Collection
+
+    from kvmsnapd.model import Capabilities, Domain, Inventory, Layer, Mark, Snapshot, Storage, TakeRequest
 
 
 class Hypervisor(Protocol):
@@ -38,16 +40,49 @@ class Hypervisor(Protocol):
             HypervisorUnreachableError: as above.
         """
 
+    def storage(self, domain: Domain, folders: Collection[str]) -> Storage:
+        """Return the free bytes of these folders, and of a shut-off domain the layers of its disks.
+
+        Image files are never opened. What libvirt cannot say is left out. A folder that has no storage pool yet gets a
+        transient one, which is gone when we end or libvirt starts anew.
+
+        Raises:
+            HypervisorUnreachableError: as above.
+        """
+
+    def files(self, folder: str) -> tuple[Layer, ...]:
+        """Return all files of a folder, as :meth:`storage` does."""
+
+    def filesystems(self, domain_uuid: str) -> tuple[str, ...]:
+        """Return the mount points that a freeze of this guest would cover; none if its agent does not know.
+
+        Also the question whether the agent is there at all, which freezes nothing.
+
+        Raises:
+            GuestFrozenError: the guest is frozen already.
+            GuestAgentUnavailableError: the agent does not answer.
+            HypervisorError: any other refusal.
+        """
+
     def take_snapshot(self, request: TakeRequest) -> Snapshot:
         """Take one snapshot: every disk takes part, or none does. Returns when libvirt has answered.
 
         Raises:
             SnapshotExistsError: the name, or an overlay of that name, is taken; nothing was changed.
+            GuestFrozenError: quiesce was asked for and the guest is frozen already; nothing was changed.
             GuestAgentUnavailableError: quiesce was asked for and the agent did not freeze; nothing was changed. Never
                 retried without quiesce here: giving up consistency is the policy's decision.
             DomainBusyError: another job holds the domain; nothing was changed.
             HypervisorUnreachableError: the connection broke; whether the snapshot exists is unknown.
             HypervisorError: any other refusal.
+        """
+
+    def describe_snapshot(self, domain_uuid: str, name: str, mark: Mark) -> None:
+        """Write this mark into the description of a snapshot of ours; nothing else of it changes.
+
+        Raises:
+            SnapshotNotFoundError: it is gone.
+            DomainBusyError, HypervisorUnreachableError, HypervisorError: as above.
         """
 
     def delete_snapshot(self, domain_uuid: str, name: str) -> None:

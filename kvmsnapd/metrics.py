@@ -1,55 +1,36 @@
-"""What Prometheus sees. State is rebuilt from the fleet at each scrape, counters are fed by events.
-
-A scrape never calls libvirt and never waits for a lock of ours: it reads one immutable value.
-"""
+"""What Prometheus sees: counters and last findings, fed by events; what describes state is :mod:`.state_series`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
-from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily
 
-from kvmsnapd import __version__
 from kvmsnapd.events import (
     DeleteFailed,
+    DomainExamined,
+    GuestFrozen,
     PruneBlocked,
     RunEvent,
     RunFinished,
     RunSkipped,
+    RunStuck,
     SnapshotDeleted,
     SnapshotFailed,
     SnapshotTaken,
+    SnapshotUnchanged,
 )
-from kvmsnapd.fleet import Fleet
-from kvmsnapd.policy import Coverage
+from kvmsnapd.model import Consistency
+from kvmsnapd.state_series import StateCollector
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
-
-    from prometheus_client.core import Metric
+    from collections.abc import Callable, Iterable
 
     from kvmsnapd.events import Event
+    from kvmsnapd.state_series import Observation
 
-_NEVER = datetime.fromtimestamp(0, UTC)
 _PAIR = ("domain", "policy")
 _BUCKETS = (0.05, 0.2, 1, 5, 20, 60, 300)
-
-
-@dataclass(frozen=True, slots=True)
-class Observation:
-    """All state that metrics describe, at one instant. ``fleet`` is the last one libvirt answered for."""
-
-    fleet: Fleet | None = None
-    libvirt_up: bool = False
-    last_tick_at: datetime | None = None
-    config_ok: bool = True
-    config_loaded_at: datetime | None = None
-    freeze_intents: int = 0
-    attempts: dict[str, datetime] = field(default_factory=dict)
-    """When a snapshot was last tried, by pair key; in this process's lifetime."""
 
 
 class Metrics:
@@ -82,10 +63,47 @@ class Metrics:
             (*_PAIR, "reason"),
             registry=self.registry,
         )
+        self._quarantined = Gauge(
+            "kvmsnapd_quarantined",
+            "1 while a domain is left alone for a reason that only a person can change. Worry at 1.",
+            (*_PAIR, "reason"),
+            registry=self.registry,
+        )
+        self._stuck = Gauge(
+            "kvmsnapd_run_stuck",
+            "1 while a run takes so long that others got its place. Worry at 1: a hung QEMU, or a very large merge.",
+            _PAIR,
+            registry=self.registry,
+        )
+        self._frozen = Gauge(
+            "kvmsnapd_guest_frozen",
+            "1 for a guest that the last run found frozen, and not by us. Worry when it stays at 1.",
+            ("domain",),
+            registry=self.registry,
+        )
+        self._chain_depth = Gauge(
+            "kvmsnapd_backing_chain_depth",
+            "Layers on top of a disk's base image, at the last run. Worry near max_chain_depth.",
+            ("domain", "target"),
+            registry=self.registry,
+        )
+        self._free = Gauge(
+            "kvmsnapd_storage_free_bytes",
+            "Free space of a folder of images, at the last run that looked. Worry when it falls.",
+            ("storage",),
+            registry=self.registry,
+        )
+        self._unchanged = self._counter(
+            "snapshots_unchanged", "Runs that needed no snapshot: a shut-off domain is as its newest one."
+        )
+        self._freeze_seconds = self._histogram(
+            "freeze_duration", "Time of a quiesced take, for no longer than which the guest's file systems stood still."
+        )
         self._take_seconds = self._histogram("snapshot_duration", "Time libvirt took for one snapshot.")
         self._delete_seconds = self._histogram("delete_duration", "Time libvirt took to delete one snapshot.")
-        self.registry.register(_StateCollector(observe))
+        self.registry.register(StateCollector(observe))
         self._pairs: set[tuple[str, str]] = set()
+        self._folders: dict[str, set[str]] = {}
 
     def _counter(self, name: str, help_text: str, *labels: str) -> Counter:
         return Counter(f"kvmsnapd_{name}", help_text, (*_PAIR, *labels), registry=self.registry)
@@ -95,160 +113,86 @@ class Metrics:
 
     def consume(self, event: Event) -> None:
         """Count one event; those of no run, and of a pair that went while its run went on, are ignored."""
-        if not isinstance(event, RunEvent) or (event.pair.domain, event.pair.policy) not in self._pairs:
-            return
+        if isinstance(event, RunEvent) and (event.pair.domain, event.pair.policy) in self._pairs:
+            self._count(event, event.pair.domain, event.pair.policy)
+            self._note(event, event.pair.domain, event.pair.policy)
+
+    def _count(self, event: RunEvent, domain: str, policy: str) -> None:
+        """Add to the series that only grow."""
         match event:
-            case SnapshotTaken(pair=pair):
-                self._taken.labels(pair.domain, pair.policy, event.consistency).inc()
-                self._take_seconds.labels(pair.policy).observe(event.duration_seconds)
-            case SnapshotFailed(pair=pair):
-                self._failed.labels(pair.domain, pair.policy, event.reason).inc()
-            case RunSkipped(pair=pair):
-                self._skipped.labels(pair.domain, pair.policy, event.reason).inc()
-            case SnapshotDeleted(pair=pair):
-                self._deleted.labels(pair.domain, pair.policy).inc()
-                self._delete_seconds.labels(pair.policy).observe(event.duration_seconds)
-            case DeleteFailed(pair=pair):
-                self._delete_failed.labels(pair.domain, pair.policy, event.reason).inc()
-            case PruneBlocked(pair=pair):
-                self._forget(self._blocked, pair.domain, pair.policy)
+            case SnapshotTaken():
+                self._taken.labels(domain, policy, event.consistency).inc()
+                self._take_seconds.labels(policy).observe(event.duration_seconds)
+                if event.consistency == Consistency.FILESYSTEM:
+                    self._freeze_seconds.labels(policy).observe(event.duration_seconds)
+            case SnapshotUnchanged():
+                self._unchanged.labels(domain, policy).inc()
+            case SnapshotFailed():
+                self._failed.labels(domain, policy, event.reason).inc()
+            case RunSkipped():
+                self._skipped.labels(domain, policy, event.reason).inc()
+            case SnapshotDeleted():
+                self._deleted.labels(domain, policy).inc()
+                self._delete_seconds.labels(policy).observe(event.duration_seconds)
+            case DeleteFailed():
+                self._delete_failed.labels(domain, policy, event.reason).inc()
+
+    def _note(self, event: RunEvent, domain: str, policy: str) -> None:
+        """Set the series that say what the last run found."""
+        match event:
+            case SnapshotTaken(consistency=Consistency.FILESYSTEM | Consistency.OFFLINE):
+                self._frozen.labels(domain).set(0)
+            case RunStuck():
+                self._stuck.labels(domain, policy).set(1)
+            case GuestFrozen():
+                self._frozen.labels(domain).set(1)
+            case DomainExamined():
+                self._examine(event, domain)
+            case PruneBlocked():
+                self._forget(self._blocked, domain, policy)
                 for reason, count in event.blocked.items():
-                    self._blocked.labels(pair.domain, pair.policy, reason).set(count)
-            case RunFinished(pair=pair, result="taken", blocked=0):
-                self._forget(self._blocked, pair.domain, pair.policy)
+                    self._blocked.labels(domain, policy, reason).set(count)
+            case RunSkipped():
+                self._forget(self._quarantined, domain, policy)
+                if event.quarantined:
+                    self._quarantined.labels(domain, policy, event.reason).set(1)
+            case RunFinished():
+                self._finish(event, domain, policy)
+
+    def _finish(self, event: RunFinished, domain: str, policy: str) -> None:
+        self._forget(self._stuck, domain, policy)
+        if event.result != "skipped":  # else the skip has said why
+            self._forget(self._quarantined, domain, policy)
+        if event.result in {"taken", "unchanged"} and not event.blocked:
+            self._forget(self._blocked, domain, policy)
+
+    def _examine(self, event: DomainExamined, domain: str) -> None:
+        self._chain_depth.remove_by_labels({"domain": domain})
+        for target, depth in event.chain_depth.items():
+            self._chain_depth.labels(domain, target).set(depth)
+        self._folders.setdefault(domain, set()).update(event.free_bytes)
+        for folder, free in event.free_bytes.items():
+            self._free.labels(folder).set(free)
 
     def keep_only(self, pairs: Iterable[tuple[str, str]]) -> None:
         """Drop the series of all (domain, policy) that are not among ``pairs``, and begin counting the new ones."""
         wanted = set(pairs)
         for domain, policy in self._pairs - wanted:
-            for metric in (self._taken, self._failed, self._skipped, self._deleted, self._delete_failed):
+            for metric in (
+                *(self._taken, self._unchanged, self._failed, self._skipped, self._deleted, self._delete_failed),
+                *(self._blocked, self._quarantined, self._stuck),
+            ):
                 self._forget(metric, domain, policy)
-            self._forget(self._blocked, domain, policy)
+        for domain in {domain for domain, _ in self._pairs} - {domain for domain, _ in wanted}:
+            for gauge in (self._frozen, self._chain_depth):
+                gauge.remove_by_labels({"domain": domain})
+            for folder in self._folders.pop(domain, set()).difference(*self._folders.values()):
+                self._free.remove_by_labels({"storage": folder})
         for domain, policy in wanted - self._pairs:
             self._deleted.labels(domain, policy)
+            self._unchanged.labels(domain, policy)
         self._pairs = wanted
 
     @staticmethod
     def _forget(metric: Counter | Gauge, domain: str, policy: str) -> None:
         metric.remove_by_labels({"domain": domain, "policy": policy})
-
-
-class _StateCollector:
-    """Yields the series that describe state; gone domains and policies vanish with the fleet they were in."""
-
-    def __init__(self, observe: Callable[[], Observation]) -> None:
-        self._observe = observe
-
-    def describe(self) -> Iterable[Metric]:
-        """Return nothing: the registry would otherwise collect once at registration."""
-        return ()
-
-    def collect(self) -> Iterator[Metric]:
-        """Yield every family, with the observation of this instant."""
-        seen = self._observe()
-        yield InfoMetricFamily("kvmsnapd_build", "Version of the running daemon.", {"version": __version__})
-        yield _gauge("libvirt_up", "Whether libvirt answered the last time it was asked. Worry at 0.", seen.libvirt_up)
-        yield _gauge(
-            "freeze_intents",
-            "Guests that a broken call may have left frozen, not thawed yet. Worry when it stays above 0.",
-            seen.freeze_intents,
-        )
-        yield _gauge(
-            "config_last_reload_successful",
-            "Whether the last configuration read was accepted. Worry at 0: an old one is in force.",
-            seen.config_ok,
-        )
-        yield _gauge(
-            "config_last_reload_success_timestamp_seconds",
-            "When the configuration in force was read.",
-            _seconds(seen.config_loaded_at),
-        )
-        yield _gauge(
-            "scheduler_last_tick_timestamp_seconds",
-            "When the daemon last tried to look at all domains. Worry when it stands still.",
-            _seconds(seen.last_tick_at),
-        )
-        yield from _fleet_families(seen.fleet or Fleet(_NEVER), seen.attempts)
-
-
-def _fleet_families(fleet: Fleet, attempts: dict[str, datetime]) -> Iterator[Metric]:
-    last_success = _pair_gauge(
-        "last_success_timestamp_seconds",
-        "When the newest snapshot was taken; absent before the first. Worry when older than kvmsnapd_max_age_seconds.",
-    )
-    last_attempt = _pair_gauge(
-        "last_attempt_timestamp_seconds",
-        "When a run last worked on the domain; absent before the first since start.",
-    )
-    interval = _pair_gauge("expected_interval_seconds", "Longest time between two scheduled snapshots.")
-    max_age = _pair_gauge("max_age_seconds", "Age of the newest snapshot that means trouble, from the policy.")
-    next_run = _pair_gauge(
-        "next_run_timestamp_seconds",
-        "When the next snapshot is to be taken; in the past while one is overdue.",
-    )
-    count = _pair_gauge("snapshots", "Snapshots that exist.")
-    oldest = _pair_gauge(
-        "oldest_snapshot_timestamp_seconds", "Scheduled time of the oldest snapshot; absent without one."
-    )
-    for pair in fleet.pairs:
-        labels = [pair.name.domain, pair.name.policy]
-        interval.add_metric(labels, pair.policy.schedule.longest_interval.total_seconds())
-        max_age.add_metric(labels, pair.policy.max_age.total_seconds())
-        next_run.add_metric(labels, pair.due.run_at.timestamp())
-        count.add_metric(labels, len(pair.snapshots))
-        if pair.last_success_at:
-            last_success.add_metric(labels, pair.last_success_at.timestamp())
-        if pair.snapshots and (mark := pair.snapshots[-1].mark):
-            oldest.add_metric(labels, mark.scheduled_at.timestamp())
-        if pair.name.key in attempts:
-            last_attempt.add_metric(labels, attempts[pair.name.key].timestamp())
-    yield from (last_success, last_attempt, interval, max_age, next_run, count, oldest)
-
-    yield _gauge(
-        "clock_suspect",
-        "1 while a snapshot is dated in the future: the clock is wrong, or was. Worry at 1.",
-        fleet.clock_suspect(),
-    )
-    unprotected = GaugeMetricFamily(
-        "kvmsnapd_domain_unprotected",
-        "1 for a domain no policy protects without anybody having said so. Worry at 1.",
-        labels=["domain"],
-    )
-    for assignment in fleet.assignments:
-        on_purpose = assignment.coverage in {Coverage.PROTECTED, Coverage.UNPROTECTED_ON_PURPOSE}
-        unprotected.add_metric([assignment.domain_name], not on_purpose)
-    yield unprotected
-    missing = GaugeMetricFamily(
-        "kvmsnapd_domain_missing",
-        "1 for a domain that the configuration names and libvirt does not know. Worry at 1.",
-        labels=["domain"],
-    )
-    for name in fleet.missing_domains:
-        missing.add_metric([name], 1)
-    yield missing
-    unmatched = GaugeMetricFamily(
-        "kvmsnapd_policy_unmatched", "1 for a policy that no domain has. Worry at 1.", labels=["policy"]
-    )
-    for policy, domains in fleet.domains_per_policy.items():
-        unmatched.add_metric([policy], not domains)
-    yield unmatched
-    unmanaged = GaugeMetricFamily(
-        "kvmsnapd_snapshots_unmanaged",
-        "Snapshots of ours whose policy no longer applies to the domain; nothing prunes them.",
-        labels=["domain"],
-    )
-    for domain, snapshots in fleet.unmanaged():
-        unmanaged.add_metric([domain.name], len(snapshots))
-    yield unmanaged
-
-
-def _gauge(name: str, help_text: str, value: float) -> GaugeMetricFamily:
-    return GaugeMetricFamily(f"kvmsnapd_{name}", help_text, value=value)
-
-
-def _pair_gauge(name: str, help_text: str) -> GaugeMetricFamily:
-    return GaugeMetricFamily(f"kvmsnapd_{name}", help_text, labels=_PAIR)
-
-
-def _seconds(at: datetime | None) -> float:
-    return at.timestamp() if at else 0.0

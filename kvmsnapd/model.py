@@ -6,12 +6,17 @@ qcow2 file that receives writes after an external snapshot, *backing chain* the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from datetime import datetime
+
+
+CHAIN_CEILING = 150
+"""The deepest backing chain that any libvirt starts a domain with, with room to spare (measured: 120, not 200)."""
 
 
 class DomainState(StrEnum):
@@ -56,11 +61,20 @@ class Hold:
 
 
 @dataclass(frozen=True, slots=True)
+class Unchanged:
+    """A later slot that needed no snapshot: the shut-off domain had not changed when it was seen."""
+
+    scheduled_at: datetime
+    seen_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
 class Mark:
     """What kvmsnapd writes about a snapshot of its own, in its name and its description.
 
     ``scheduled_at`` is the slot: the fire time of the schedule this snapshot stands for, in whole seconds UTC.
-    ``attempt`` counts from 1; a higher one means that the outcome of an earlier attempt was unknown.
+    ``attempt`` counts from 1; a higher one means that the outcome of an earlier attempt was unknown. ``excluded`` are
+    the disks that the policy left out.
     """
 
     policy: str
@@ -70,6 +84,19 @@ class Mark:
     kind: Kind
     attempt: int = 1
     hold: Hold | None = None
+    excluded: tuple[str, ...] = ()
+    unchanged: Unchanged | None = None
+
+    @property
+    def slots(self) -> tuple[datetime, ...]:
+        """The slots that this snapshot serves, in whole or until its domain changes."""
+        return (self.scheduled_at, self.unchanged.scheduled_at) if self.unchanged else (self.scheduled_at,)
+
+    def good_at(self, now: datetime) -> datetime:
+        """Return the latest instant, up to ``now``, whose state this snapshot is known to hold."""
+        if self.unchanged and self.taken_at <= self.unchanged.seen_at <= now:
+            return self.unchanged.seen_at
+        return self.taken_at
 
     def held(self, now: datetime) -> str | None:
         """Return the reason of a hold that is in force, None without one."""
@@ -105,6 +132,17 @@ class Snapshot:
     """Whether libvirt says that the domain was shut off."""
     overlays: tuple[tuple[str, str], ...] = ()
     """For an external one, by disk target, the file that received the writes from then on."""
+    covers: tuple[tuple[str, str], ...] = ()
+    """By disk target, the file that was active when it was taken: an external snapshot freezes it."""
+    memory_file: str | None = None
+    """Where the guest's RAM is, for an external snapshot that has it."""
+    paused_seconds: float | None = field(default=None, compare=False)
+    """How long the guest stood still while its RAM was saved; known of one that has just been taken."""
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The files that were made for it."""
+        return (*(path for _, path in self.overlays), *((self.memory_file,) if self.memory_file else ()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,10 +158,12 @@ class Disk:
     shareable: bool = False
     transient: bool = False
     backing: tuple[str, ...] = ()
-    """The files below the active layer, topmost first; libvirt lists them for running domains only."""
+    """The files below the active layer, topmost first; of a shut-off domain libvirt lists some or none."""
     block_job: bool = False
     left_out: bool = False
     """The domain's own XML says ``snapshot='no'``."""
+    pool: str | None = None
+    """For a disk of type ``volume``, the storage pool that has it."""
 
     @property
     def holds_state(self) -> bool:
@@ -155,6 +195,27 @@ class Domain(Inventory):
     pflash: bool = False
     managed_save: bool = False
     agent_connected: bool = False
+    memory_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One image file as libvirt's storage API describes it; ``backing`` is the file below it."""
+
+    path: str
+    changed_at: datetime | None = None
+    """When its content last changed, as the file system says."""
+    backing: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """What libvirt's storage API says of the folders and layers of a domain; empty where it cannot say."""
+
+    free_bytes: Mapping[str, int] = field(default_factory=dict)
+    """By folder."""
+    layers: Mapping[str, Layer] = field(default_factory=dict)
+    """By path: the active layer of each disk and all below it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,12 +228,17 @@ class Capabilities:
     driver: str
     version: str
     external_snapshots: bool = True
+    revert_external: bool = True
     delete_external: bool = True
     delete_external_in_chain_offline: bool = True
-    """Delete an external snapshot of a shut-off domain that is not the newest."""
+    """Delete an external snapshot of a shut-off domain when its XML does not list the layers."""
     internal_needs_qcow2: bool = True
     internal_with_pflash_offline: bool = True
-    chain_ceiling: int = 150
+    internal_stops_guest: bool = True
+    """Whether a running guest stands still while its RAM is written."""
+    storage_api: bool = True
+    """Whether storage pools tell of real files."""
+    chain_ceiling: int = CHAIN_CEILING
     """The deepest backing chain with which a domain can still be started."""
 
 
@@ -181,7 +247,7 @@ class TakeRequest:
     """All that libvirt is told to take one snapshot, computed before the first call.
 
     ``overlays`` maps disk targets to the file an external snapshot will create; ``excluded`` are the targets that
-    are told to take no part.
+    are told to take no part; ``memory_file`` is where an external snapshot puts the RAM of a running guest.
     """
 
     domain_uuid: str
@@ -190,6 +256,8 @@ class TakeRequest:
     mark: Mark
     overlays: tuple[tuple[str, str], ...] = ()
     excluded: tuple[str, ...] = ()
+    memory_file: str | None = None
+    max_pause_seconds: float = 0
 
     @property
     def quiesce(self) -> bool:

@@ -12,7 +12,7 @@ import re
 from datetime import UTC, datetime
 
 from kvmsnapd.errors import InvalidValueError
-from kvmsnapd.model import Consistency, Hold, Kind, Mark
+from kvmsnapd.model import Consistency, Hold, Kind, Mark, Unchanged
 
 FORMAT_VERSION = 1
 MOST_ATTEMPTS = 99
@@ -23,10 +23,13 @@ libvirt 10.9 and later build a QEMU job id from the snapshot's name and refuse a
 (measured with 11.3: "Invalid job ID"), so names with ``:`` or spaces are out.
 """
 
-_NAME = re.compile(
+NAME_PATTERN = (
     r"kvmsnapd-(?P<policy>[A-Za-z0-9][A-Za-z0-9._-]{0,31})-(?P<slot>[0-9]{8}T[0-9]{6}Z)"
     r"(?:-(?P<attempt>[1-9][0-9]?))?"
 )
+"""A snapshot's name, not anchored: our files carry it as well."""
+
+_NAME = re.compile(NAME_PATTERN)
 _SLOT = "%Y%m%dT%H%M%SZ"
 
 
@@ -76,6 +79,11 @@ def format_description(mark: Mark) -> str:
         "consistency": mark.consistency.value,
         "kind": mark.kind.value,
     }
+    if mark.excluded:
+        fields["excluded"] = list(mark.excluded)
+    if mark.unchanged:
+        seen = mark.unchanged
+        fields["unchanged"] = {"scheduled": _time(seen.scheduled_at), "seen": _time(seen.seen_at)}
     if mark.hold:
         fields["hold"] = {"reason": mark.hold.reason} | ({"until": _time(mark.hold.until)} if mark.hold.until else {})
     return json.dumps(fields)
@@ -96,7 +104,7 @@ def parse_mark(name: str, description: str) -> Mark | None:
             return None
         if datetime.fromisoformat(fields["scheduled"]) != scheduled_at:
             return None
-        hold = fields.get("hold")
+        hold, unchanged = fields.get("hold"), fields.get("unchanged")
         return Mark(
             policy=policy,
             scheduled_at=scheduled_at,
@@ -105,6 +113,8 @@ def parse_mark(name: str, description: str) -> Mark | None:
             consistency=Consistency(fields["consistency"]),
             kind=Kind(fields["kind"]),
             hold=Hold(str(hold["reason"]), _aware(hold["until"]) if "until" in hold else None) if hold else None,
+            excluded=tuple(map(str, fields.get("excluded", ()))),
+            unchanged=Unchanged(_aware(unchanged["scheduled"]), _aware(unchanged["seen"])) if unchanged else None,
         )
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None

@@ -5,20 +5,23 @@ A plan is plain data. Printing it is the dry run, executing it is the daemon; th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from kvmsnapd.model import TakeRequest
+from kvmsnapd.model import TakeRequest, Unchanged
 from kvmsnapd.naming import format_name
-from kvmsnapd.preflight import Refusal, RefusalReason, plan_take
+from kvmsnapd.preflight import plan_take
 from kvmsnapd.prune import Blocked, BlockReason, Delete, plan_deletes, plan_room
+from kvmsnapd.refusal import Refusal, RefusalReason
 from kvmsnapd.retention import Point, Verdict, plan_retention
 from kvmsnapd.schedule import decide_due
+from kvmsnapd.unchanged import find_unchanged
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from datetime import datetime
 
-    from kvmsnapd.model import Capabilities, Domain, Inventory
+    from kvmsnapd.model import Capabilities, Domain, Inventory, Mark, Storage
     from kvmsnapd.policy import Policy
     from kvmsnapd.schedule import Due
 
@@ -28,11 +31,21 @@ _LONG_PAUSE = 3
 
 
 @dataclass(frozen=True, slots=True)
+class Confirm:
+    """The snapshot that already holds what a new one would, and what is to be written into its description."""
+
+    snapshot: str
+    slot: datetime
+    mark: Mark
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """What the run of one policy on one domain does.
 
-    ``take`` is None when nothing is due or the domain is refused. ``room`` are deletes that a full backing chain needs
-    before the take; after them the run is planned anew. ``verdicts`` judge the policy's snapshots as they will be once
+    ``take`` is None when nothing is due, the domain is refused, or ``unchanged`` names the snapshot that already holds
+    what a new one would. ``room`` are deletes that a full backing chain needs before the take; after them the run is
+    planned anew. ``verdicts`` judge the policy's snapshots as they will be once
     the slot's one is taken; ``deletes`` follow from them in the order they are carried out, only after a successful
     take.
     """
@@ -42,6 +55,7 @@ class Plan:
     policy: str
     due: Due
     take: TakeRequest | None
+    unchanged: Confirm | None
     refusal: Refusal | None
     room: tuple[Delete, ...]
     verdicts: tuple[Verdict, ...]
@@ -53,7 +67,7 @@ def due_for(inventory: Inventory, policy: Policy, now: datetime) -> Due:
     """Return what the policy's schedule asks of this domain now; snapshots' names and marks suffice for that."""
     return decide_due(
         policy.schedule,
-        (snapshot.mark.scheduled_at for snapshot in inventory.of_policy(policy.name) if snapshot.mark),
+        (slot for snapshot in inventory.of_policy(policy.name) if snapshot.mark for slot in snapshot.mark.slots),
         now=now,
         splay=policy.splay_of(inventory.uuid),
         catch_up=policy.catch_up,
@@ -68,6 +82,8 @@ def plan_run(
     now: datetime,
     attempt: int = 1,
     unwilling: str | None = None,
+    storage: Storage | None = None,
+    policies: Sequence[Policy] = (),
 ) -> Plan:
     """Plan the run that would begin now.
 
@@ -77,17 +93,25 @@ def plan_run(
         attempt: above 1 when the outcome of an earlier attempt at this slot is unknown: the old name may survive as
             an orphan inside a qcow2 file, so it is not used again.
         unwilling: a snapshot that libvirt failed to delete the last time.
+        storage: what is known of the storage below the domain; without it free space and changes are not looked at.
+        policies: all policies of the domain; by default this one alone.
     """
     due = due_for(domain, policy, now)
-    answer = plan_take(domain, policy, capabilities, slot=due.slot, now=now, attempt=attempt) if due.slot else None
+    unchanged = _confirm(domain, policy, storage, due.slot, now) if due.slot and storage else None
+    answer = None
+    if due.slot and not unchanged:
+        answer = plan_take(
+            domain, policy, capabilities, slot=due.slot, now=now, attempt=attempt, storage=storage, policies=policies
+        )
     take = answer if isinstance(answer, TakeRequest) else None
     refusal = answer if isinstance(answer, Refusal) else None
-    verdicts = judge(domain, policy, now=now, upcoming=due.slot)
+    upcoming = None if unchanged else due.slot
+    verdicts = judge(domain, policy, now=now, upcoming=upcoming)
     deletes, blocked = plan_deletes(domain, policy, capabilities, verdicts, unwilling=unwilling)
     room: tuple[Delete, ...] = ()
     if refusal and refusal.reason is RefusalReason.CHAIN_FULL:
         room = plan_room(domain, policy, capabilities, deletes, now=now)
-    pause = _long_pause(domain, policy, due.slot) if due.slot else None
+    pause = _long_pause(domain, policy, upcoming) if upcoming else None
     if pause:
         blocked += tuple(Blocked(delete.snapshot, BlockReason.LONG_PAUSE, pause) for delete in deletes)
         deletes = ()
@@ -97,7 +121,15 @@ def plan_run(
         released = {verdict.point.name for verdict in verdicts if not verdict.keep}
         deletes = tuple(delete for delete in deletes if delete.snapshot in released)
         blocked = tuple(wait for wait in blocked if wait.snapshot in released)
-    return Plan(domain.uuid, domain.name, policy.name, due, take, refusal, room, verdicts, deletes, blocked)
+    return Plan(domain.uuid, domain.name, policy.name, due, take, unchanged, refusal, room, verdicts, deletes, blocked)
+
+
+def _confirm(domain: Domain, policy: Policy, storage: Storage, slot: datetime, now: datetime) -> Confirm | None:
+    snapshot = find_unchanged(domain, policy, storage)
+    if snapshot is None or snapshot.mark is None or max(snapshot.mark.scheduled_at, snapshot.mark.taken_at) > now:
+        return None  # one dated in the future counts as no success
+    mark = replace(snapshot.mark, unchanged=Unchanged(slot, now.replace(microsecond=0)))
+    return Confirm(snapshot.name, slot, mark)
 
 
 def judge(
@@ -118,10 +150,15 @@ def _long_pause(inventory: Inventory, policy: Policy, slot: datetime) -> str | N
     the pause, the next run prunes; if it was the clock, somebody has until then.
     """
     limit = _LONG_PAUSE * policy.schedule.longest_interval
-    marks = (s.mark for s in inventory.of_policy(policy.name))
-    slots = sorted((m.scheduled_at for m in marks if m and m.scheduled_at < slot), reverse=True)
-    if not slots or slot - slots[0] <= limit:
+    marks = sorted(
+        (s.mark for s in inventory.of_policy(policy.name) if s.mark and s.mark.scheduled_at < slot),
+        key=lambda mark: mark.scheduled_at,
+    )
+    if not marks:
         return None
-    if len(slots) > 1 and slots[0] - slots[1] > limit:
+    newest = max(done for done in marks[-1].slots if done < slot)
+    if slot - newest <= limit:
+        return None
+    if len(marks) > 1 and marks[-1].scheduled_at - max(marks[-2].slots) > limit:
         return None  # a host that is on only now and then: every run would be one after a pause
-    return f"the snapshot before is of {slots[0].isoformat()}; after such a pause the next run prunes"
+    return f"the snapshot before is of {newest.isoformat()}; after such a pause the next run prunes"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from datetime import timedelta
 from enum import StrEnum
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
@@ -16,10 +17,9 @@ from kvmsnapd.schedule import stable_splay
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
-    from datetime import timedelta
     from zoneinfo import ZoneInfo
 
-    from kvmsnapd.model import Inventory, Kind
+    from kvmsnapd.model import Disk, Domain, Inventory, Kind
     from kvmsnapd.retention import KeepRules
     from kvmsnapd.schedule import Schedule
 
@@ -33,6 +33,47 @@ class ConsistencyRule(StrEnum):
     """Freeze if the agent answers; otherwise take a crash-consistent snapshot and say so."""
     CRASH = "crash"
     """Never ask the agent."""
+    MEMORY = "memory"
+    """The guest's RAM is part of the snapshot."""
+
+
+@dataclass(frozen=True, slots=True)
+class DiskSelection:
+    """Which disks a policy covers, as names or glob patterns of targets (``vdb``) or of sources."""
+
+    include: tuple[str, ...] = ()
+    """Only these, if any are named."""
+    exclude: tuple[str, ...] = ()
+
+    def excludes(self, domain: Domain, disk: Disk) -> bool:
+        """Tell whether the policy leaves this disk of the domain out."""
+        # A snapshot puts another file on top, so whatever the disk was made of counts as its source.
+        sources = {path for s in domain.snapshots for target, path in s.covers if target == disk.target}
+        words = {disk.target, disk.path or "", *disk.backing, *sources}
+
+        def named(patterns: tuple[str, ...]) -> bool:
+            return any(fnmatchcase(word, pattern) for word in words for pattern in patterns)
+
+        return named(self.exclude) or bool(self.include and not named(self.include))
+
+
+@dataclass(frozen=True, slots=True)
+class Hook:
+    """One program to run beside a take: an argument list, never a shell's line."""
+
+    command: tuple[str, ...]
+    timeout: timedelta
+    required: bool = False
+    """Whether its failure stops the take."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hooks:
+    """The programs of one policy."""
+
+    before: Hook | None = None
+    after: Hook | None = None
+    on_failure: Hook | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +91,12 @@ class Policy:
     max_age: timedelta
     max_deletes_per_run: int
     max_chain_depth: int
+    memory_live: bool = False
+    max_pause: timedelta = timedelta(seconds=10)
+    min_free_bytes: int = 0
+    overlay_directory: str | None = None
+    disks: DiskSelection = DiskSelection()
+    hooks: Hooks = Hooks()
 
     def splay_of(self, domain_uuid: str) -> timedelta:
         """Return how long after each slot this domain's run begins."""

@@ -2,44 +2,27 @@
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
-from enum import StrEnum
-from pathlib import PurePosixPath
+from collections import Counter
 from typing import TYPE_CHECKING
 
-from kvmsnapd.model import Consistency, DomainState, Kind, Mark, TakeRequest
+from kvmsnapd.disks import cover_disks, data_folders, memory_path, overlay_path
+from kvmsnapd.durations import format_duration
+from kvmsnapd.model import Consistency, DomainState, Kind, Mark, Storage, TakeRequest
 from kvmsnapd.naming import MOST_ATTEMPTS, format_name
 from kvmsnapd.policy import ConsistencyRule
+from kvmsnapd.refusal import Refusal, RefusalReason
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from datetime import datetime
 
-    from kvmsnapd.model import Capabilities, Disk, Domain
+    from kvmsnapd.model import Capabilities, Domain
     from kvmsnapd.policy import Policy
 
+_RAM_BYTES_PER_SECOND = 250e6
+"""How fast QEMU writes the RAM of a guest that stands still: the lower end of what was measured (250-500 MB/s)."""
 
-class RefusalReason(StrEnum):
-    """Why a snapshot that is due is not taken. These words are metric labels."""
-
-    STATE = "state"
-    TRANSIENT = "transient"
-    MANAGED_SAVE = "managed_save"
-    BLOCK_JOB = "block_job"
-    MIXED_KINDS = "mixed_kinds"
-    UNSUPPORTED = "unsupported"
-    DISK = "disk"
-    CHAIN_FULL = "chain_full"
-    AGENT = "agent"
-    ATTEMPTS = "attempts"
-
-
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """The answer for a domain that must not be touched: what is in the way, and what to do about it."""
-
-    reason: RefusalReason
-    detail: str
+_RAM_MARGIN = 1.1
 
 
 def plan_take(
@@ -50,14 +33,23 @@ def plan_take(
     slot: datetime,
     now: datetime,
     attempt: int = 1,
+    storage: Storage | None = None,
+    policies: Sequence[Policy] = (),
 ) -> TakeRequest | Refusal:
     """Return the complete request for this slot's snapshot, or why the domain must be left alone.
 
     Everything is computed from the domain's XML before the first call; nothing is tried to see whether it works.
+
+    Args:
+        storage: what is known of the storage below the domain; what is not known refuses nothing.
+        policies: all policies of the domain, which share one backing chain; by default this one alone.
     """
-    refusal = _refuse_domain(domain, policy) or _refuse_kind(domain, policy, capabilities)
+    refusal = _refuse_domain(domain, policy) or _refuse_budget(policies or (policy,), capabilities)
     if refusal:
         return refusal
+    cover = cover_disks(domain, policy, capabilities)
+    if isinstance(cover, Refusal):
+        return cover
     consistency = _consistency(domain, policy)
     if isinstance(consistency, Refusal):
         return consistency
@@ -66,44 +58,117 @@ def plan_take(
     attempt = next((n for n in numbers if format_name(policy.name, slot, n) not in taken_names), 0)
     if not attempt:
         return Refusal(RefusalReason.ATTEMPTS, f"all {MOST_ATTEMPTS} names of this slot are taken; the next is tried")
-    name = format_name(policy.name, slot, attempt)
+    short = _refuse_pause(domain, policy, consistency, capabilities) or _refuse_space(
+        domain, policy, consistency, storage
+    )
+    if short:
+        return short
     full = _refuse_full_chain(domain, policy, capabilities)
     if full:  # the last of all: room is made for it, which nothing else may then stand in the way of
         return full
-    mark = Mark(policy.name, slot, now.replace(microsecond=0), consistency, policy.kind, attempt)  # as it is written
+    name = format_name(policy.name, slot, attempt)
+    mark = Mark(
+        policy=policy.name,
+        scheduled_at=slot,
+        taken_at=now.replace(microsecond=0),  # as it is written
+        consistency=consistency,
+        kind=policy.kind,
+        attempt=attempt,
+        excluded=cover.left_out_by_policy,
+    )
     if policy.kind is Kind.INTERNAL:
-        # CD-ROMs and read-only disks take no part by themselves; a floppy would (measured, libvirt 9.0 and 11.3).
-        floppies = tuple(disk.target for disk in domain.disks if disk.device == "floppy")
-        return TakeRequest(domain.uuid, domain.name, name, mark, excluded=floppies)
-    overlays = tuple((d.target, overlay_path(domain, d, name)) for d in domain.disks if d.holds_state)
-    excluded = tuple(disk.target for disk in domain.disks if not disk.holds_state)
-    return TakeRequest(domain.uuid, domain.name, name, mark, overlays, excluded)
+        return TakeRequest(domain.uuid, domain.name, name, mark, excluded=cover.excluded)
+    overlays = tuple((disk.target, overlay_path(domain, disk, policy, name)) for disk in cover.disks)
+    memory = memory_path(domain, cover.disks[0], policy, name) if consistency is Consistency.MEMORY else None
+    pause = policy.max_pause.total_seconds()
+    return TakeRequest(domain.uuid, domain.name, name, mark, overlays, cover.excluded, memory, pause)
 
 
-def overlay_path(domain: Domain, disk: Disk, snapshot_name: str) -> str:
-    """Return the file that receives the disk's writes from this snapshot on, beside the layer it covers.
+def chain_depths(domain: Domain) -> dict[str, int]:
+    """Return, by disk target, how many overlays its backing chain has, foreign ones included.
 
-    Explicit and with the target in it, since libvirt's own choice collides for two disks with one stem, and is
-    refused for block devices.
+    A shut-off domain's XML need not list its backing chain, so the external snapshots of the disk count as well.
     """
-    stem = re.sub(r"[^A-Za-z0-9._-]", "_", domain.name)[:100]
-    if stem != domain.name:  # or two domains could be spelled alike
-        stem = f"{stem}-{domain.uuid[:8]}"
-    return str(PurePosixPath(disk.path or "").with_name(f"{stem}.{disk.target}.{snapshot_name}.qcow2"))
+    covering = Counter(
+        target for snapshot in domain.snapshots for target in {target for target, _ in snapshot.overlays}
+    )
+    return {disk.target: max(len(disk.backing), covering[disk.target]) for disk in domain.disks if disk.holds_state}
 
 
 def chain_depth(domain: Domain) -> int:
-    """Return how many overlays the deepest backing chain of the domain has, foreign ones included.
-
-    A shut-off domain's XML need not list its backing chain, so its external snapshots count as well.
-    """
+    """Return how many overlays the deepest backing chain of the domain has, at least one for each external snapshot."""
     external = sum(snapshot.kind is not Kind.INTERNAL for snapshot in domain.snapshots)
-    return max([external, *(len(disk.backing) for disk in domain.disks if disk.holds_state)])
+    return max([external, *chain_depths(domain).values()])
 
 
 def chain_limit(policy: Policy, capabilities: Capabilities) -> int:
     """Return the depth at which no further overlay may be put on a chain."""
     return min(policy.max_chain_depth, capabilities.chain_ceiling)
+
+
+def chain_shortage(policies: Sequence[Policy], *, ceiling: int) -> str | None:
+    """Return, as words, why a backing chain cannot hold all that these policies of one domain may keep; None if it can.
+
+    One more than is kept exists while the newest is taken and the oldest not yet deleted.
+    """
+    external = [policy for policy in policies if policy.kind is Kind.EXTERNAL]
+    if not external:
+        return None
+    room = min(ceiling, *(policy.max_chain_depth for policy in external))
+    most = [(policy.name, policy.keep.most(policy.schedule.shortest_interval)) for policy in external]
+    if all(count is not None for _, count in most) and sum(count or 0 for _, count in most) < room:
+        return None
+    spelled = " + ".join(f"{'no limit' if count is None else count} ({name})" for name, count in most)
+    return (
+        f"the policies may keep {spelled} snapshots, and one more is there while a new one is taken, but a backing "
+        f"chain may be only {room} deep ({'max_chain_depth' if room < ceiling else 'the limit of this libvirt'})"
+    )
+
+
+def _refuse_budget(policies: Sequence[Policy], capabilities: Capabilities) -> Refusal | None:
+    shortage = chain_shortage(policies, ceiling=capabilities.chain_ceiling)
+    if shortage is None:
+        return None
+    return Refusal(RefusalReason.CHAIN_BUDGET, f"{shortage}; keep fewer, or set kind: internal")
+
+
+def _refuse_pause(
+    domain: Domain, policy: Policy, consistency: Consistency, capabilities: Capabilities
+) -> Refusal | None:
+    """Refuse an internal snapshot that would stop the guest for too long; an external one saves RAM while it runs."""
+    if consistency is not Consistency.MEMORY or policy.kind is Kind.EXTERNAL or domain.state is DomainState.PAUSED:
+        return None
+    if not capabilities.internal_stops_guest:
+        return None
+    seconds = domain.memory_bytes / _RAM_BYTES_PER_SECOND
+    if seconds <= policy.max_pause.total_seconds():
+        return None
+    return Refusal(
+        RefusalReason.PAUSE,
+        f"saving {_size(domain.memory_bytes)} of RAM may stop the guest for about {seconds:.0f} s and max_pause is "
+        f"{format_duration(policy.max_pause)}; raise it, set kind: external, or shut the guest off",
+    )
+
+
+def _refuse_space(domain: Domain, policy: Policy, consistency: Consistency, storage: Storage | None) -> Refusal | None:
+    """Refuse when a folder would have less than ``min_free`` left after the guest's RAM is saved in it."""
+    ram = int(domain.memory_bytes * _RAM_MARGIN) if consistency is Consistency.MEMORY else 0
+    for folder in data_folders(domain, policy):
+        free = storage.free_bytes.get(folder) if storage else None
+        need = policy.min_free_bytes + ram
+        if free is not None and free < need:
+            purpose = f" (min_free and {_size(ram)} for the guest's RAM)" if ram else " (min_free)"
+            return Refusal(
+                RefusalReason.SPACE,
+                f"{folder} has {_size(free)} free and {_size(need)} are needed{purpose}; nothing was changed, "
+                "free some space and it is tried again",
+            )
+        ram = 0  # it goes to the first disk's folder
+    return None
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
 
 
 def _refuse_domain(domain: Domain, policy: Policy) -> Refusal | None:
@@ -149,59 +214,11 @@ def _refuse_full_chain(domain: Domain, policy: Policy, capabilities: Capabilitie
     )
 
 
-def _refuse_kind(domain: Domain, policy: Policy, capabilities: Capabilities) -> Refusal | None:
-    """Refuse for what the wanted kind cannot do with these disks on this libvirt."""
-    state_disks = [disk for disk in domain.disks if disk.holds_state]
-    if not state_disks:
-        return Refusal(RefusalReason.DISK, "the domain has no writable disk, so there is nothing to snapshot")
-    if policy.kind is Kind.EXTERNAL:
-        if not capabilities.external_snapshots:
-            return Refusal(
-                RefusalReason.UNSUPPORTED,
-                f"libvirt's {capabilities.driver} driver has no external snapshots; set kind: internal in the policy",
-            )
-        faults = [(disk, _external_fault(disk)) for disk in state_disks]
-    else:
-        if domain.pflash and not (capabilities.internal_with_pflash_offline and domain.state is DomainState.SHUT_OFF):
-            return Refusal(
-                RefusalReason.UNSUPPORTED,
-                f"libvirt {capabilities.version} takes no internal snapshot of a {domain.state} domain with UEFI "
-                "firmware; set kind: external in the policy",
-            )
-        # libvirt takes internal snapshots of all writable disks or none.
-        left_out = [disk for disk in domain.disks if disk.left_out and not disk.readonly]
-        faults = [(disk, _internal_fault(disk, capabilities)) for disk in (*state_disks, *left_out)]
-    unfit = [f"{disk.target} {fault}" for disk, fault in faults if fault]
-    if unfit:
-        return Refusal(RefusalReason.DISK, f"{'; '.join(unfit)}; no {policy.kind} snapshot can hold it")
-    return None
-
-
-def _external_fault(disk: Disk) -> str | None:
-    if disk.transient:
-        return "is transient"
-    if disk.shareable:
-        return "is shared with other domains"
-    if disk.source_type != "file" or not disk.path:
-        return f"is of type {disk.source_type}, not a file"
-    return None
-
-
-def _internal_fault(disk: Disk, capabilities: Capabilities) -> str | None:
-    if disk.transient:
-        return "is transient"
-    if disk.left_out:
-        return "is left out by snapshot='no' in the domain's XML"
-    if disk.format != "qcow2" and capabilities.internal_needs_qcow2:
-        return f"has format {disk.format}, not qcow2"
-    return None
-
-
 def _consistency(domain: Domain, policy: Policy) -> Consistency | Refusal:
     """Return the consistency the snapshot will have, or refuse if the policy demands a better one."""
     if domain.state is DomainState.SHUT_OFF:
         return Consistency.OFFLINE
-    if policy.kind is Kind.INTERNAL:
+    if policy.kind is Kind.INTERNAL or policy.memory_live:
         return Consistency.MEMORY
     if policy.consistency is ConsistencyRule.CRASH:
         return Consistency.CRASH

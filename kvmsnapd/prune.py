@@ -136,9 +136,10 @@ def find_obstacle(domain: Domain, name: str, capabilities: Capabilities) -> Bloc
     if not capabilities.delete_external or snapshot.kind is Kind.MIXED:
         detail = f"libvirt {capabilities.version} cannot delete {snapshot.kind} snapshots"
         return Blocked(name, BlockReason.UNSUPPORTED, detail)
+    branch = find_branch(domain)
+    if branch:
+        return Blocked(name, BlockReason.BRANCH, branch)
     children = [s for s in domain.snapshots if s.parent == name]
-    if len(children) > 1:
-        return Blocked(name, BlockReason.BRANCH, f"{len(children)} branches of the snapshot tree begin here")
     foreign = [s.name for s in children if s.mark is None]
     if foreign:
         detail = f"deleting it would merge into {foreign[0]!r}, a snapshot that kvmsnapd did not make"
@@ -148,12 +149,74 @@ def find_obstacle(domain: Domain, name: str, capabilities: Capabilities) -> Bloc
         cause = "a backup in progress, a revert or an interrupted take"
         detail = f"its overlay carries {layer}, which belongs to no snapshot ({cause})"
         return Blocked(name, BlockReason.FOREIGN_LAYER, detail)
-    if children and domain.state is DomainState.SHUT_OFF and not capabilities.delete_external_in_chain_offline:
+    if (
+        children
+        and domain.state is DomainState.SHUT_OFF
+        and not capabilities.delete_external_in_chain_offline
+        and not _listed(domain, snapshot)
+    ):
         detail = (
-            f"libvirt {capabilities.version} deletes only the newest external snapshot of a shut-off domain; "
-            "the others go when it runs"
+            f"libvirt {capabilities.version} cannot delete it while the domain is shut off, since a snapshot was taken "
+            "above it while it was; it goes when the domain runs"
         )
         return Blocked(name, BlockReason.NEEDS_RUNNING, detail)
+    return None
+
+
+def _listed(domain: Domain, snapshot: Snapshot) -> bool:
+    """Tell whether the domain's XML names all overlays of the snapshot.
+
+    Of a shut-off domain libvirt writes down the layers that were there when a snapshot was last taken while it ran, and
+    9.0 looks for the one to delete among them alone (measured).
+    """
+    layers = {disk.target: (disk.path, *disk.backing) for disk in domain.disks}
+    return bool(snapshot.overlays) and all(path in layers.get(target, ()) for target, path in snapshot.overlays)
+
+
+def find_branch(domain: Domain) -> str | None:
+    """Return where the tree of external snapshots branches, None if it is one line.
+
+    libvirt lets one delete below a branch and then rewrites the backing file of the active branch alone, which breaks
+    the other one without a word (measured, libvirt 9.0 and 11.3). So a domain with a branch is left to a person.
+    """
+    parents = Counter(s.parent for s in domain.snapshots if s.kind is not Kind.INTERNAL)
+    for parent, children in parents.items():
+        if children > 1:
+            place = f"above {parent!r}" if parent else "at the root"
+            return f"the snapshot tree branches {place}; delete one branch by hand (virsh snapshot-list --tree)"
+    return None
+
+
+def check_deleted(before: Domain, after: Domain, name: str) -> str | None:
+    """Return what is not as it has to be after the delete of one snapshot, None if all is.
+
+    Tree, active layers and backing chains: the snapshot and at most its own overlays are gone, nothing else is.
+    """
+    gone = next((s for s in before.snapshots if s.name == name), None)
+    if gone is None:
+        return None
+    if any(s.name == name for s in after.snapshots):
+        return "libvirt reported success but still lists the snapshot"
+    left = {s.name: s.parent for s in after.snapshots}
+    for snapshot in before.snapshots:
+        parent = gone.parent if snapshot.parent == name else snapshot.parent
+        if snapshot.name != name and left.get(snapshot.name, "") != parent:
+            return f"snapshot {snapshot.name!r} lost its place in the tree"
+    if gone.kind is Kind.INTERNAL:
+        return None
+    own = dict(gone.overlays)
+    for disk in before.disks:
+        now = next((d for d in after.disks if d.target == disk.target), None)
+        if now is None:
+            return f"disk {disk.target} is gone"
+        # The XML of a shut-off domain names no backing chain.
+        before_layers, layers = {disk.path, *disk.backing}, {now.path, *now.backing}
+        if (
+            disk.backing
+            and now.backing
+            and (own.get(disk.target) in layers or before_layers - layers - {*own.values()})
+        ):
+            return f"disk {disk.target} now has the layers {', '.join(map(str, (now.path, *now.backing)))}"
     return None
 
 

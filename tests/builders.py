@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from zoneinfo import ZoneInfo
 
 from kvmsnapd.durations import parse_duration
-from kvmsnapd.model import Capabilities, Consistency, Disk, Domain, Hold, Inventory, Kind, Mark, Snapshot
+from kvmsnapd.model import Capabilities, Consistency, Disk, Domain, Hold, Inventory, Kind, Mark, Snapshot, Unchanged
 from kvmsnapd.naming import format_name
 from kvmsnapd.policy import ConsistencyRule, Policy
 from kvmsnapd.retention import Point, parse_keep
@@ -84,12 +84,15 @@ def a_snapshot(
     consistency: Consistency = Consistency.FILESYSTEM,
     attempt: int = 1,
     hold: Hold | None = None,
+    unchanged: str | None = None,
+    **fields: Any,  # noqa: ANN401  # whatever the class takes
 ) -> Snapshot:
-    """Return a snapshot of ours, taken a few seconds after its slot."""
+    """Return a snapshot of ours, taken a few seconds after its slot; ``unchanged`` is a later slot, and when seen."""
     scheduled_at = at(slot) if isinstance(slot, str) else slot
     taken_at = taken_at or scheduled_at + timedelta(seconds=3)
-    mark = Mark(policy, scheduled_at, taken_at, consistency, kind, attempt, hold)
-    return Snapshot(format_name(policy, scheduled_at, attempt), taken_at, kind, parent, mark)
+    seen = Unchanged(at(unchanged), at(unchanged)) if unchanged else None
+    mark = Mark(policy, scheduled_at, taken_at, consistency, kind, attempt, hold, unchanged=seen)
+    return Snapshot(format_name(policy, scheduled_at, attempt), taken_at, kind, parent, mark, **fields)
 
 
 def a_foreign_snapshot(

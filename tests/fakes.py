@@ -6,16 +6,23 @@ import threading
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from kvmsnapd.errors import DomainNotFoundError, HypervisorError, SnapshotExistsError
-from kvmsnapd.model import Capabilities, Disk, DomainState, Inventory, Kind, Snapshot
+from kvmsnapd.errors import (
+    DomainNotFoundError,
+    GuestFrozenError,
+    HypervisorError,
+    SnapshotExistsError,
+    SnapshotNotFoundError,
+)
+from kvmsnapd.model import Capabilities, Disk, DomainState, Inventory, Kind, Layer, Snapshot, Storage
 from kvmsnapd.naming import format_description, parse_mark
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection, Iterator
 
-    from kvmsnapd.model import Domain, TakeRequest
+    from kvmsnapd.model import Domain, Mark, TakeRequest
 
 
 @dataclass
@@ -32,6 +39,10 @@ class FakeHypervisor:
     before: dict[str, list[Callable[..., None]]] = field(default_factory=lambda: defaultdict(list))
     calls: list[tuple[str, ...]] = field(default_factory=list)
     frozen: set[str] = field(default_factory=set)
+    stored: Storage = field(default_factory=Storage)
+    """What :meth:`storage` answers."""
+    written: dict[str, datetime] | None = None
+    """When files were last written to; set to ``{}``, :meth:`storage` tells the layers of shut-off domains."""
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
     def add(self, domain: Domain) -> Domain:
@@ -62,6 +73,41 @@ class FakeHypervisor:
         # As libvirt does, which names the layers below the active one of running domains only.
         return replace(domain, disks=tuple(replace(disk, backing=()) for disk in domain.disks))
 
+    def storage(self, domain: Domain, folders: Collection[str]) -> Storage:
+        """See the port."""
+        self._begin("storage", domain.uuid, *folders)
+        layers = dict(self.stored.layers)
+        if self.written is not None and domain.state is DomainState.SHUT_OFF:
+            for disk in self.domains[domain.uuid].disks:
+                chain = (disk.path or "", *disk.backing)
+                for path, below in zip(chain, (*chain[1:], None), strict=True):
+                    layers[path] = Layer(path, self.written.get(path), below)
+        return Storage(self.stored.free_bytes, layers)
+
+    def files(self, folder: str) -> tuple[Layer, ...]:
+        """See the port."""
+        return tuple(layer for path, layer in self.stored.layers.items() if path.rpartition("/")[0] == folder)
+
+    def filesystems(self, domain_uuid: str) -> tuple[str, ...]:
+        """See the port."""
+        self._begin("filesystems", domain_uuid)
+        if domain_uuid in self.frozen:
+            msg = "the agent is in frozen state"
+            raise GuestFrozenError(msg, operation="filesystems", domain=domain_uuid)
+        return ("/",)
+
+    def describe_snapshot(self, domain_uuid: str, name: str, mark: Mark) -> None:
+        """See the port."""
+        self._begin("describe_snapshot", domain_uuid, name)
+        with self._lock:
+            domain = self.domains[domain_uuid]
+            if not any(snapshot.name == name for snapshot in domain.snapshots):
+                msg = f"no snapshot {name}"
+                raise SnapshotNotFoundError(msg, operation="snapshot_redefine", domain=domain.name)
+            written = parse_mark(name, format_description(mark))
+            marked = (replace(s, mark=written) if s.name == name else s for s in domain.snapshots)
+            self._set_snapshots(domain, tuple(marked))
+
     def take_snapshot(self, request: TakeRequest) -> Snapshot:
         """See the port."""
         self._begin("take_snapshot", request.domain_uuid, request.name)
@@ -83,16 +129,34 @@ class FakeHypervisor:
                 parse_mark(request.name, format_description(request.mark)),
                 offline=domain.state is DomainState.SHUT_OFF,
                 overlays=request.overlays,
+                covers=tuple((disk.target, disk.path or "") for disk in domain.disks),
+                memory_file=request.memory_file,
             )
             self._set_snapshots(domain, (*domain.snapshots, snapshot))
             self._set_disks(domain, [_covered(disk, dict(request.overlays).get(disk.target)) for disk in domain.disks])
+            self._write(*dict(request.overlays).values())
             return snapshot
+
+    def write_to(self, domain_uuid: str) -> None:
+        """Write to all disks, as a guest does that runs."""
+        self._write(*(disk.path or "" for disk in self.domains[domain_uuid].disks))
 
     def make_foreign(self, domain_uuid: str, name: str, kind: Kind = Kind.EXTERNAL) -> None:
         """Take a snapshot as a person would with virsh."""
-        domain = self.domain(domain_uuid)
-        snapshot = Snapshot(name, self.clock().replace(microsecond=0), kind, _leaf(domain))
+        domain = self.domains[domain_uuid]
+        overlays = {d.target: f"/images/{d.target}.{name}" for d in domain.disks} if kind is Kind.EXTERNAL else {}
+        snapshot = Snapshot(
+            name,
+            self.clock().replace(microsecond=0),
+            kind,
+            _leaf(domain),
+            offline=domain.state is DomainState.SHUT_OFF,
+            overlays=tuple(overlays.items()),
+            covers=tuple((disk.target, disk.path or "") for disk in domain.disks),
+        )
         self._set_snapshots(domain, (*domain.snapshots, snapshot))
+        self._set_disks(domain, [_covered(disk, overlays.get(disk.target)) for disk in domain.disks])
+        self._write(*overlays.values())
 
     def delete_snapshot(self, domain_uuid: str, name: str) -> None:
         """See the port."""
@@ -103,11 +167,18 @@ class FakeHypervisor:
             gone = next((s for s in domain.snapshots if s.name == name), None)
             if gone is None:
                 return
+            merged = {path: dict(gone.covers).get(target, path) for target, path in gone.overlays}
             left = (s for s in domain.snapshots if s is not gone)
-            moved = tuple(replace(s, parent=gone.parent) if s.parent == name else s for s in left)
-            self._set_snapshots(domain, moved)
-            merged = {path for _, path in gone.overlays}
-            self._set_disks(domain, [_without(disk, merged) for disk in domain.disks])
+            moved = (replace(s, parent=gone.parent) if s.parent == name else s for s in left)
+            # libvirt corrects what the others say they cover.
+            self._set_snapshots(
+                domain, tuple(replace(s, covers=tuple((t, merged.get(p, p)) for t, p in s.covers)) for s in moved)
+            )
+            for disk in domain.disks:
+                for above, path, below in _neighbours(disk):
+                    if path in merged:
+                        self._write(below, *above)  # the data of one, and the name of the layer below in the other
+            self._set_disks(domain, [_without(disk, set(merged)) for disk in domain.disks])
 
     def thaw(self, domain_uuid: str) -> None:
         """See the port."""
@@ -120,6 +191,10 @@ class FakeHypervisor:
     def snapshot_names(self, domain_uuid: str) -> list[str]:
         """Return the names of a domain's snapshots, oldest first."""
         return [snapshot.name for snapshot in self.domains[domain_uuid].snapshots]
+
+    def _write(self, *paths: str) -> None:
+        if self.written is not None:
+            self.written.update(dict.fromkeys(paths, self.clock()))
 
     def _begin(self, operation: str, *arguments: str) -> None:
         self.calls.append((operation, *arguments))
@@ -145,6 +220,13 @@ def _covered(disk: Disk, overlay: str | None) -> Disk:
 def _without(disk: Disk, merged: set[str]) -> Disk:
     active, *backing = [path for path in (disk.path or "", *disk.backing) if path not in merged] or [""]
     return replace(disk, path=active, backing=tuple(backing))
+
+
+def _neighbours(disk: Disk) -> Iterator[tuple[tuple[str, ...], str, str]]:
+    """Yield each layer that has one below it, with the one above if there is one, and that below."""
+    chain = (disk.path or "", *disk.backing)
+    for position, (path, below) in enumerate(pairwise(chain)):
+        yield chain[:position][-1:], path, below
 
 
 def raising(error: Exception) -> Callable[[], None]:

@@ -92,6 +92,13 @@ def _parser() -> argparse.ArgumentParser:
     ):
         command = add(name, ("inspect", f"show_{name}"), summary, more, table)
         command.add_argument("domains", nargs="*", metavar="DOMAIN", help="names or UUIDs (default: all)")
+    add(
+        "doctor",
+        ("doctor", "doctor"),
+        "Look at libvirt, every domain, its snapshots and their files, and say what is wrong.",
+        "Names the command that ends each finding; repairs nothing. Exits with 1 if there is something to look at.",
+        table,
+    )
     simulate = add(
         "simulate",
         ("simulate", "simulate"),

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from kvmsnapd.cli.inspect import explain_unprotected
 from kvmsnapd.config import load_config
 from kvmsnapd.daemon import read_clock
-from kvmsnapd.fleet import survey
+from kvmsnapd.fleet import explain_unprotected, survey
 from kvmsnapd.libvirt_host import LibvirtHost
 
 if TYPE_CHECKING:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from kvmsnapd.cli.render import print_table
 from kvmsnapd.config import load_config
 from kvmsnapd.daemon import read_clock
+from kvmsnapd.disks import data_folders
 from kvmsnapd.durations import format_duration, rough_duration
 from kvmsnapd.errors import DomainNotFoundError
-from kvmsnapd.fleet import survey
+from kvmsnapd.fleet import explain_unprotected, survey
 from kvmsnapd.libvirt_host import LibvirtHost
 from kvmsnapd.plan import judge, plan_run
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from kvmsnapd.fleet import Fleet, Pair
     from kvmsnapd.model import Inventory, Snapshot
     from kvmsnapd.plan import Plan
-    from kvmsnapd.policy import Assignment
 
 
 @dataclass(frozen=True)
@@ -83,14 +83,6 @@ def show_status(arguments: argparse.Namespace) -> int:
     for name in () if arguments.domains else fleet.missing_domains:
         print(f"{name}: is configured, and libvirt has no such domain")
     return 0
-
-
-def explain_unprotected(assignment: Assignment) -> str:
-    """Return why a domain has no policy, and what to do about it."""
-    if assignment.patterns:
-        both = " and ".join(assignment.patterns)
-        return f"unprotected: {both} fit it equally well and disagree; name it on a line of its own"
-    return "unprotected: no entry under domains fits it; give it policies, or [] if that is meant"
 
 
 def _badness(pair: Pair, now: datetime) -> float:
@@ -166,8 +158,10 @@ def _list_row(domain: Inventory, snapshot: Snapshot, reasons: Sequence[str], now
     mark = snapshot.mark
     if mark is None:
         reasons = ["foreign: never touched"]
-    elif not reasons:
-        reasons = [f"unmanaged: policy {mark.policy} does not apply here"]
+    else:
+        reasons = list(reasons) or [f"unmanaged: policy {mark.policy} does not apply here"]
+        reasons += [f"unchanged until {mark.unchanged.seen_at.isoformat()}"] if mark.unchanged else []
+        reasons += [f"without {', '.join(mark.excluded)}"] if mark.excluded else []
     return {
         "domain": domain.name,
         "snapshot": snapshot.name,
@@ -186,9 +180,17 @@ def show_plan(arguments: argparse.Namespace) -> int:
     domains = {domain.uuid: sight.host.domain(domain.uuid) for domain in sight.domains}
     # Of a pair with nothing due now, the run of its next slot is planned.
     plans = [
-        plan_run(domains[pair.name.domain_uuid], pair.policy, capabilities, now=max(sight.now, pair.due.run_at))
+        plan_run(
+            domain := domains[pair.name.domain_uuid],
+            pair.policy,
+            capabilities,
+            now=max(sight.now, pair.due.run_at),
+            storage=sight.host.storage(domain, data_folders(domain, pair.policy)),
+            policies=pair.policies,
+        )
         for pair in sight.pairs
     ]
+    sight.host.close()
     if arguments.json:
         print(json.dumps([_plan_object(plan) for plan in plans], indent=2))
         return 0
@@ -203,6 +205,8 @@ def _plan_lines(plan: Plan) -> list[str]:
     lines += [f"  delete  {step.snapshot}  to make room in the backing chain" for step in plan.room]
     if plan.take:
         lines.append(f"  take    {plan.take.name}  {plan.take.mark.kind}, {plan.take.mark.consistency}")
+    if plan.unchanged:
+        lines.append(f"  none    {plan.unchanged.snapshot}  still holds it: shut off, and not changed since")
     if plan.refusal and not plan.room:
         lines.append(f"  refuse  {plan.refusal.reason}: {plan.refusal.detail}")
     deletes = {step.snapshot for step in plan.deletes}
@@ -227,6 +231,7 @@ def _plan_object(plan: Plan) -> dict[str, Any]:
         "run_at": plan.due.run_at.isoformat(),
         "take": plan.take.name if plan.take else None,
         "consistency": str(plan.take.mark.consistency) if plan.take else None,
+        "unchanged": plan.unchanged.snapshot if plan.unchanged else None,
         "refusal": {"reason": plan.refusal.reason, "detail": plan.refusal.detail} if plan.refusal else None,
         "verdicts": [{"snapshot": v.point.name, "keep": v.keep, "reasons": list(v.reasons)} for v in plan.verdicts],
         "room": [step.snapshot for step in plan.room],

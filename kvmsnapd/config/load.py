@@ -8,16 +8,17 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_settings import SettingsError
 
-from kvmsnapd.config.models import PolicySettings, Settings
+from kvmsnapd.config.models import BeforeHookSettings, HookSettings, PolicySettings, Settings
 from kvmsnapd.config.yaml_document import Document, Location, parse_yaml
 from kvmsnapd.errors import ConfigError, InvalidValueError
-from kvmsnapd.model import Kind
-from kvmsnapd.policy import Policy
+from kvmsnapd.model import CHAIN_CEILING, Kind
+from kvmsnapd.policy import ConsistencyRule, DiskSelection, Hook, Hooks, Policy
+from kvmsnapd.preflight import chain_shortage
 from kvmsnapd.schedule import parse_schedule
 
 if TYPE_CHECKING:
@@ -130,6 +131,7 @@ def _resolve(
             policies[name] = _policy(name, written, settings.timezone)
         except InvalidValueError as error:
             problems.append((("policies", name, "keep"), str(error)))
+        problems += [(("policies", name, *key.split(".")), text) for key, text in _contradictions(written)]
     problems += _unknown_policies(settings.policies, settings.domains)
     selectors: dict[str, tuple[Policy, ...]] = {}
     for selector, names in settings.domains.items():
@@ -167,25 +169,49 @@ def _policy(name: str, written: PolicySettings, default_zone: ZoneInfo) -> Polic
         max_age=2 * interval + splay if written.max_age is None else written.max_age,
         max_deletes_per_run=written.max_deletes_per_run,
         max_chain_depth=written.max_chain_depth,
+        memory_live=written.memory == "live",
+        max_pause=written.max_pause,
+        min_free_bytes=int(written.min_free),
+        overlay_directory=written.overlay_directory,
+        disks=DiskSelection(tuple(written.disks.include), tuple(written.disks.exclude)),
+        hooks=Hooks(_hook(written.hooks.before), _hook(written.hooks.after), _hook(written.hooks.on_failure)),
     )
+
+
+def _hook(written: HookSettings | None) -> Hook | None:
+    if written is None:
+        return None
+    required = isinstance(written, BeforeHookSettings) and written.required
+    return Hook(tuple(written.command), written.timeout, required)
+
+
+def _contradictions(written: PolicySettings) -> Iterable[tuple[str, str]]:
+    """Yield key and problem for what is allowed alone and means nothing together."""
+    internal, chosen = written.kind == "internal", "consistency" in written.model_fields_set
+    if written.memory and internal:
+        yield "memory", "an internal snapshot of a running guest always holds its RAM; remove this, or kind: internal"
+    elif chosen and (internal or written.memory) and written.consistency is not ConsistencyRule.MEMORY:
+        why = "kind: internal" if internal else "memory: live"
+        yield "consistency", f"with {why} the guest's RAM is saved, so the consistency is memory; remove one of the two"
+    elif written.consistency is ConsistencyRule.MEMORY and not internal and not written.memory:
+        yield "consistency", "memory needs memory: live beside it, or kind: internal"
+    if written.memory and (written.disks.include or written.disks.exclude):
+        yield "disks", "with memory: live all disks are needed: the RAM cannot be resumed beside a disk of another time"
+    if internal:
+        for key in ("include", "exclude"):
+            if getattr(written.disks, key):
+                yield f"disks.{key}", "internal snapshots cover all disks or none; use kind: external"
+        if written.overlay_directory:
+            yield "overlay_directory", "internal snapshots have no overlays; use kind: external"
 
 
 def _chain_warnings(document: Document, settings: Settings, policies: Mapping[str, Policy]) -> Iterable[str]:
     """Yield a warning for each selector whose external policies may keep more than the backing chain may hold."""
     for selector, names in settings.domains.items():
-        external = [policies[name] for name in names if policies[name].kind is Kind.EXTERNAL]
-        if not external:
-            continue
-        room = min(policy.max_chain_depth for policy in external)
-        most = [(policy.name, policy.keep.most(policy.schedule.shortest_interval)) for policy in external]
-        if any(count is None for _, count in most) or sum(count or 0 for _, count in most) >= room:
-            # One more than is kept exists while the newest is taken and the oldest not yet deleted.
+        shortage = chain_shortage([policies[name] for name in names], ceiling=CHAIN_CEILING)
+        if shortage:
             place = document.place(("domains", selector), of_key=True)
-            spelled = " + ".join(f"{'no limit' if n is None else n} ({name})" for name, n in most)
-            yield (
-                f"{place}: domains.{selector}: the policies may keep {spelled} snapshots, and one more is there while "
-                f"a new one is taken, but max_chain_depth is {room}; takes are refused once the chain is full"
-            )
+            yield f"{place}: domains.{selector}: {shortage}; domains it applies to are refused"
 
 
 _WORDS = {
@@ -198,6 +224,10 @@ _WORDS = {
     "model_type": "write `key: value` lines below it",
     "model_attributes_type": "write `key: value` lines below it",
     "dict_type": "write `key: value` lines below it",
+    "list_type": "write a list, such as [one, two]",
+    "byte_size": "write a size, such as 500MiB or 10GiB",
+    "byte_size_unit": "write a size, such as 500MiB or 10GiB",
+    "too_short": "write the program and its arguments as a list, such as [/usr/local/bin/hook, now]",
     "path_type": "write the path of a directory",
 }
 """What to do, by pydantic's word for what is wrong."""
@@ -241,9 +271,10 @@ def _allowed_keys(section: Location) -> list[str]:
             model, parts = PolicySettings, parts[1:]  # what follows is a policy's name
             continue
         annotation = model.model_fields[str(part)].annotation
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+        sections = [t for t in (annotation, *get_args(annotation)) if isinstance(t, type) and issubclass(t, BaseModel)]
+        if not sections:
             return []
-        model = annotation
+        model = sections[0]
     return list(model.model_fields)
 
 

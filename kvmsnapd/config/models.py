@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from zoneinfo import ZoneInfo
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    WithJsonSchema,
+)
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from kvmsnapd.durations import DURATION_PATTERN, format_duration, parse_duration
@@ -18,6 +28,7 @@ from kvmsnapd.retention import KeepRules, parse_count, parse_within
 from kvmsnapd.schedule import parse_schedule
 
 _UTC = ZoneInfo("UTC")
+SIZE_PATTERN = r"^[0-9]+(\.[0-9]+)? *([kmgtpKMGTP]i?)?[bB]?$"
 
 
 def _duration(value: Any) -> Any:  # noqa: ANN401  # before validation anything may come
@@ -93,6 +104,24 @@ Count = Annotated[
     WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"const": "all"}]}),
 ]
 TimeZone = Annotated[ZoneInfo, BeforeValidator(_timezone), PlainSerializer(str), WithJsonSchema({"type": "string"})]
+
+
+def _size(value: Any) -> Any:  # noqa: ANN401
+    # pydantic looks at the beginning only, and reads "1,5GiB" as one byte.
+    if isinstance(value, bool) or (isinstance(value, str) and not re.fullmatch(SIZE_PATTERN, value)):
+        msg = "write a size, such as 500MiB or 10GiB"
+        raise InvalidValueError(msg)
+    return value
+
+
+def _absolute(value: str) -> str:
+    if not value.startswith("/"):
+        msg = "write an absolute path"
+        raise InvalidValueError(msg)
+    return value
+
+
+Size = Annotated[ByteSize, BeforeValidator(_size), WithJsonSchema({"type": "string", "pattern": SIZE_PATTERN})]
 Number = Annotated[int, BeforeValidator(_not_bool)]
 PolicyName = Annotated[str, BeforeValidator(check_policy_name)]
 
@@ -125,6 +154,51 @@ class KeepSettings(_Section):
         return KeepRules(**{name: value for name, value in self if value is not None})
 
 
+class DiskSettings(_Section):
+    """Which disks of a domain the policy covers, by target (vdb) or source; * and ? as in patterns of domains.
+
+    Internal snapshots cover all disks or none. What is left out is noted in the snapshot's description.
+    """
+
+    include: list[str] = []
+    """Only these."""
+    exclude: list[str] = []
+    """All but these."""
+
+
+class HookSettings(_Section):
+    """One program to run.
+
+    It gets SNAPSHOT_DOMAIN, SNAPSHOT_DOMAIN_UUID, SNAPSHOT_POLICY, SNAPSHOT_NAME, SNAPSHOT_CONSISTENCY, SNAPSHOT_HOOK
+    and SNAPSHOT_RESULT in its environment, and nothing of the daemon's own.
+    """
+
+    command: Annotated[list[str], Field(min_length=1)]
+    """The program and its arguments, as a list; no shell reads them."""
+    timeout: Annotated[Duration, AfterValidator(_positive)] = Field(
+        default=timedelta(minutes=1), json_schema_extra={"default": "1m"}
+    )
+    """After this time it is ended, with all it has started."""
+
+
+class BeforeHookSettings(HookSettings):
+    """The program to run before a take; it gets the same environment."""
+
+    required: bool = False
+    """Whether no snapshot is taken when it fails."""
+
+
+class HooksSettings(_Section):
+    """Programs to run around each take, under the daemon's own user."""
+
+    before: BeforeHookSettings | None = None
+    """Before a snapshot is taken."""
+    after: HookSettings | None = None
+    """After one was taken, before old ones are deleted."""
+    on_failure: HookSettings | None = None
+    """After one was due, `before` had its turn, and none was taken."""
+
+
 class PolicySettings(_Section):
     """When snapshots are taken, of what quality, and how long they stay."""
 
@@ -138,7 +212,14 @@ class PolicySettings(_Section):
     """external: overlays, no pause, any disk format. internal: inside qcow2, stops a running guest meanwhile."""
     consistency: ConsistencyRule = ConsistencyRule.FILESYSTEM_PREFERRED
     """What a snapshot of a running guest must be: filesystem (the guest agent freezes, or none is taken),
-    filesystem-preferred (else crash-consistent, and said so), or crash (the agent is never asked)."""
+    filesystem-preferred (else crash-consistent, and said so), crash (the agent is never asked), or memory (with its
+    RAM: needs memory: live, or kind: internal)."""
+    memory: Literal["live"] | None = None
+    """live: external snapshots hold the guest's RAM as well, saved while it runs on; each costs a file of its size."""
+    max_pause: Annotated[Duration, AfterValidator(_positive)] = Field(
+        default=timedelta(seconds=10), json_schema_extra={"default": "10s"}
+    )
+    """How long saving RAM may stop a guest. Refuses an internal snapshot of a guest with too much RAM."""
     catch_up: Literal["once", "skip"] = "once"
     """After missed runs: once takes one snapshot at once, skip waits for the next scheduled time."""
     splay: Duration | None = None
@@ -150,6 +231,14 @@ class PolicySettings(_Section):
     """The fuse: a run that would delete more than this from one domain deletes nothing and reports it."""
     max_chain_depth: Annotated[Number, Field(ge=1, le=150)] = 16
     """No external snapshot is taken when the backing chain is this deep, foreign overlays included."""
+    min_free: Annotated[Size, Field(json_schema_extra={"default": "1GiB"})] = ByteSize(1024**3)
+    """No snapshot is taken when its storage has less free space than this; RAM to be saved comes on top."""
+    overlay_directory: Annotated[str, AfterValidator(_absolute)] | None = None
+    """Where overlays and RAM go; by default beside each disk's image. Needed for block and network disks."""
+    disks: Annotated[DiskSettings, BeforeValidator(_or_empty)] = Field(default_factory=DiskSettings)
+    """Which disks are covered; by default all that can be written to."""
+    hooks: Annotated[HooksSettings, BeforeValidator(_or_empty)] = Field(default_factory=HooksSettings)
+    """Programs to run around each take."""
 
 
 class MetricsSettings(_Section):
@@ -202,6 +291,10 @@ class Settings(BaseSettings):
     """How often all domains are looked at, whatever the schedules say."""
     workers: Annotated[Number, Field(ge=1, le=4)] = 4
     """How many domains are worked on at once."""
+    takes_per_storage: Annotated[Number, Field(ge=1)] = 4
+    """How many snapshots are taken at once on one storage (a folder of images)."""
+    merges_per_storage: Annotated[Number, Field(ge=1)] = 1
+    """How many merges of overlays, and saves of RAM, go on at once on one storage."""
     state_directory: Path | None = None
     """Where notes that must survive a reboot are kept; by default systemd's STATE_DIRECTORY or /var/lib/kvmsnapd."""
     runtime_directory: Path | None = None

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from kvmsnapd.config.models import Settings
+from kvmsnapd.config.models import SIZE_PATTERN, Settings
 from kvmsnapd.durations import DURATION_PATTERN
 
 PATH = Path(__file__).parents[2] / "config/README.md"
@@ -20,11 +20,13 @@ _INTRODUCTION = """\
 `kvmsnapd check-config`, look at what it would do with `kvmsnapd plan`, and put it in force with
 `systemctl reload kvmsnapd` (SIGHUP). A file with an error is refused as a whole; the one before stays in force.
 
-Durations are a number with a unit, `s`, `m`, `h`, `d` or `w`, and may be combined: `90s`, `36h`, `1h30m`. Counts are
-whole numbers from 1, or `all`. `on`, `no` and `22:30` are text here, as they look.
+Durations are a number with a unit, `s`, `m`, `h`, `d` or `w`, and may be combined: `90s`, `36h`, `1h30m`. Sizes are
+bytes, or have a unit: `500MiB`, `10GB`. Counts are whole numbers from 1, or `all`. `on`, `no` and `22:30` are text, as
+they look.
 """
 
 _TYPES = {"boolean": "`true` or `false`", "integer": "number", "string": "text", "object": "section", "array": "list"}
+_PATTERNS = {DURATION_PATTERN: "duration", SIZE_PATTERN: "size"}
 
 
 def render() -> str:
@@ -35,6 +37,10 @@ def render() -> str:
         for title, name in (
             ("policies.NAME", "PolicySettings"),
             ("policies.NAME.keep", "KeepSettings"),
+            ("policies.NAME.disks", "DiskSettings"),
+            ("policies.NAME.hooks", "HooksSettings"),
+            ("policies.NAME.hooks.before", "BeforeHookSettings"),
+            ("policies.NAME.hooks.after and on_failure", "HookSettings"),
             ("metrics", "MetricsSettings"),
             ("log", "LogSettings"),
         )
@@ -73,7 +79,7 @@ def _value(key: dict[str, Any], schema: dict[str, Any]) -> str:
         return ", ".join(f"`{option}`" for option in key["enum"])
     if "const" in key:
         return f"`{key['const']}`"
-    return "duration" if key.get("pattern") == DURATION_PATTERN else _TYPES[key["type"]]
+    return _PATTERNS.get(key.get("pattern", "")) or _TYPES[key["type"]]
 
 
 def main() -> int:

@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import re
-import threading
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import libvirt
 
-from kvmsnapd.domain_xml import format_request, parse_domain, parse_snapshot
-from kvmsnapd.errors import DomainNotFoundError, HypervisorError, HypervisorUnreachableError, SnapshotNotFoundError
+from kvmsnapd.domain_xml import parse_domain, parse_snapshot, with_description
+from kvmsnapd.errors import (
+    DomainNotFoundError,
+    HypervisorError,
+    HypervisorUnreachableError,
+    SnapshotNotFoundError,
+)
 from kvmsnapd.libvirt_host.capabilities import derive_capabilities
 from kvmsnapd.libvirt_host.connection import Connection
+from kvmsnapd.libvirt_host.storage import StoragePools
+from kvmsnapd.libvirt_host.take import AGENT_DEADLINE_SECONDS, redefine, resolve_volume, take_snapshot
 from kvmsnapd.libvirt_host.translate import translated_errors
-from kvmsnapd.model import Domain, DomainState, Inventory, Kind, Snapshot
+from kvmsnapd.model import Domain, DomainState, Inventory, Kind, Snapshot, Storage
 
 if TYPE_CHECKING:
-    from kvmsnapd.model import Capabilities, TakeRequest
+    from collections.abc import Collection
 
-# libvirtd serves five calls of one connection at a time; a sixth waits (measured), and so would keepalive.
-CALLS_IN_FLIGHT = 4
+    from kvmsnapd.model import Capabilities, Layer, Mark, TakeRequest
 
-# Without it a freeze sent to a hung agent with which libvirt was in sync blocks for as long as the agent hangs
-# (measured, libvirt 9.0 and 11.3). Long enough for a busy file system to be flushed.
-_AGENT_DEADLINE_SECONDS = 30
+# An agent that is there answers a question that moves nothing at once.
+_AGENT_ANSWERS_WITHIN_SECONDS = 5
 
 _STATES = {
     libvirt.VIR_DOMAIN_RUNNING: DomainState.RUNNING,
@@ -48,26 +53,27 @@ _PAUSES = {
 class LibvirtHost:
     """One libvirt, by URI. Implements :class:`kvmsnapd.hypervisor.Hypervisor`.
 
-    Inventory has a read-only connection of its own, so that it answers while slow calls fill the other one. With
-    ``test:///`` one connection serves all, since a custom test file is private to each.
+    What only reads does so on read-only connections. With ``test:///`` one connection serves all, since a custom test
+    file is private to each.
     """
 
     def __init__(self, uri: str) -> None:
         """Remember the URI; the first call connects."""
         self._writing = Connection(uri, read_only=False)
         self._reading = self._writing if uri.startswith("test:") else Connection(read_only_uri(uri), read_only=True)
-        self._in_flight = threading.BoundedSemaphore(CALLS_IN_FLIGHT)
-        self._capabilities: tuple[Any, Capabilities] | None = None
+        self._pools = StoragePools(self._writing)
+        self._capabilities: WeakKeyDictionary[Any, Capabilities] = WeakKeyDictionary()
         self._known: dict[tuple[str, str], Snapshot] = {}
 
     def capabilities(self) -> Capabilities:
         """See the port. Read once per connection."""
         connection = self._reading.get()
-        if self._capabilities is None or self._capabilities[0] is not connection:
+        known = self._capabilities.get(connection)
+        if known is None:
             with translated_errors("capabilities"):
-                derived = derive_capabilities(connection.getType(), connection.getLibVersion())
-            self._capabilities = (connection, derived)
-        return self._capabilities[1]
+                known = derive_capabilities(connection.getType(), connection.getLibVersion())
+            self._capabilities[connection] = known
+        return known
 
     def inventory(self) -> tuple[Inventory, ...]:
         """See the port.
@@ -113,6 +119,7 @@ class LibvirtHost:
             handle = connection.lookupByUUIDString(uuid)
             state, detail = _describe_state(*handle.state())
             document = parse_domain(handle.XMLDesc(0))
+            disks = tuple(resolve_volume(connection, disk) for disk in document.disks)
             snapshots = tuple(s for s in map(_read_snapshot, handle.listAllSnapshots(0)) if s)
             self._known.update({(uuid, snapshot.name): snapshot for snapshot in snapshots})
             return Domain(
@@ -122,47 +129,83 @@ class LibvirtHost:
                 state=state,
                 state_detail=detail,
                 persistent=bool(handle.isPersistent()),
-                disks=document.disks,
+                disks=disks,
                 pflash=document.pflash,
                 managed_save=bool(handle.hasManagedSaveImage(0)),
                 agent_connected=document.agent_connected,
+                memory_bytes=document.memory_bytes,
             )
 
-    def take_snapshot(self, request: TakeRequest) -> Snapshot:
-        """See the port.
+    def storage(self, domain: Domain, folders: Collection[str]) -> Storage:
+        """See the port. Layers are told of shut-off domains only: of a running one they change all the time."""
+        if not self.capabilities().storage_api:
+            return Storage()
+        free = {folder: self._pools.free_bytes(folder) for folder in folders}
+        layers: dict[str, Layer] = {}
+        if domain.state is DomainState.SHUT_OFF:
+            for disk in domain.disks:
+                if disk.holds_state and disk.path:
+                    layers.update((layer.path, layer) for layer in self._pools.chain(disk.path))
+        return Storage({folder: count for folder, count in free.items() if count is not None}, layers)
 
-        Source: virDomainSnapshotCreateXML. ATOMIC: all disks or none. DISK_ONLY is always said for external ones:
-        without it libvirt 9.0 demands an internal snapshot of a shut-off domain. QUIESCE requires DISK_ONLY.
-        """
-        flags = 0
-        if request.mark.kind is Kind.EXTERNAL:
-            flags |= libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_ATOMIC
-        if request.quiesce:
-            flags |= libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_QUIESCE
-        with self._in_flight, translated_errors("snapshot_create", domain=request.domain_name):
-            handle = self._writing.get().lookupByUUIDString(request.domain_uuid)
-            if request.quiesce:
-                handle.agentSetResponseTimeout(_AGENT_DEADLINE_SECONDS, 0)
-            return parse_snapshot(handle.snapshotCreateXML(format_request(request), flags).getXMLDesc(0))
+    def files(self, folder: str) -> tuple[Layer, ...]:
+        """See the port."""
+        if not self.capabilities().storage_api:
+            return ()
+        return tuple(self._pools.files(folder))
+
+    def filesystems(self, domain_uuid: str) -> tuple[str, ...]:
+        """See the port."""
+        with translated_errors("filesystems", domain=domain_uuid):
+            handle = self._writing.get().lookupByUUIDString(domain_uuid)
+            handle.agentSetResponseTimeout(_AGENT_ANSWERS_WITHIN_SECONDS, 0)
+            return tuple(sorted({mountpoint for mountpoint, *_ in handle.fsInfo(0)}))
+
+    def take_snapshot(self, request: TakeRequest) -> Snapshot:
+        """See the port; the ways to take one are in :mod:`.take`."""
+        with translated_errors("snapshot_create", domain=request.domain_name):
+            return take_snapshot(self._writing.get(), self._pools, request)
+
+    def describe_snapshot(self, domain_uuid: str, name: str, mark: Mark) -> None:
+        """See the port. REDEFINE keeps parent, children and `current`; without SECURE passwords would be lost."""
+        with translated_errors("snapshot_redefine", domain=domain_uuid):
+            handle = self._writing.get().lookupByUUIDString(domain_uuid)
+            snapshot = handle.snapshotLookupByName(name, 0)
+            text = snapshot.getXMLDesc(libvirt.VIR_DOMAIN_SNAPSHOT_XML_SECURE)
+            redefine(handle, snapshot, with_description(text, mark))
+        self._known.pop((domain_uuid, name), None)
 
     def delete_snapshot(self, domain_uuid: str, name: str) -> None:
         """See the port. One snapshot a call: CHILDREN would hold the domain for as long as all of them take."""
         try:
-            with self._in_flight, translated_errors("snapshot_delete", domain=domain_uuid):
+            with translated_errors("snapshot_delete", domain=domain_uuid):
                 handle = self._writing.get().lookupByUUIDString(domain_uuid)
-                handle.snapshotLookupByName(name, 0).delete(0)
+                snapshot = handle.snapshotLookupByName(name, 0)
+                memory_file = parse_snapshot(snapshot.getXMLDesc(0)).memory_file
+                snapshot.delete(0)
+                if memory_file:  # libvirt 9.0 leaves it behind (measured); 11.3 does not
+                    self._pools.remove(memory_file)
         except SnapshotNotFoundError:
             return
 
     def thaw(self, domain_uuid: str) -> None:
         """See the port. fsThaw is idempotent."""
-        with self._in_flight, translated_errors("thaw", domain=domain_uuid):
+        with translated_errors("thaw", domain=domain_uuid):
             handle = self._writing.get().lookupByUUIDString(domain_uuid)
-            handle.agentSetResponseTimeout(_AGENT_DEADLINE_SECONDS, 0)
+            handle.agentSetResponseTimeout(AGENT_DEADLINE_SECONDS, 0)
             handle.fsThaw()
+
+    def check_rights(self) -> None:
+        """Open the connection that changes domains, which a user may be refused who may read them.
+
+        Raises:
+            HypervisorUnreachableError: libvirt does not let us.
+        """
+        self._writing.get()
 
     def close(self) -> None:
         """Close the connections."""
+        self._pools.close()
         self._reading.close()
         self._writing.close()
 

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmsnapd.model import Consistency, Hold, Kind, Mark
+from kvmsnapd.model import Consistency, Hold, Kind, Mark, Unchanged
 from kvmsnapd.naming import POLICY_NAME_PATTERN, format_description, format_name, parse_mark, parse_name
 
 policies = st.from_regex(POLICY_NAME_PATTERN, fullmatch=True).map(lambda name: name.rstrip("\n"))
@@ -23,6 +23,8 @@ marks = st.builds(
     kind=st.sampled_from([Kind.EXTERNAL, Kind.INTERNAL]),
     attempt=attempts,
     hold=st.one_of(st.none(), st.builds(Hold, reason=st.text(), until=st.one_of(st.none(), instants))),
+    excluded=st.lists(st.text(), max_size=3).map(tuple),
+    unchanged=st.one_of(st.none(), st.builds(Unchanged, instants, instants)),
 )
 
 
@@ -72,7 +74,10 @@ def test_any_other_description_is_foreign_and_never_an_error(mark: Mark, descrip
     assert parse_mark(name, description) is None
 
 
-@given(marks, st.sampled_from(["kvmsnapd", "policy", "scheduled", "taken", "consistency", "kind", "hold"]), json_values)
+KEYS = ["kvmsnapd", "policy", "scheduled", "taken", "consistency", "kind", "hold", "excluded", "unchanged"]
+
+
+@given(marks, st.sampled_from(KEYS), json_values)
 def test_a_damaged_description_is_foreign_or_unchanged_in_meaning(mark: Mark, key: str, value: object) -> None:
     fields = json.loads(format_description(mark)) | {key: value}
     name = format_name(mark.policy, mark.scheduled_at, mark.attempt)

@@ -28,9 +28,11 @@ from tests.builders import a_domain, a_policy, at
 from tests.fakes import FakeHypervisor, raising
 
 ERRORS = [HypervisorError, HypervisorUnreachableError, GuestAgentUnavailableError, SnapshotExistsError, DomainBusyError]
+OPERATIONS = ["take_snapshot", "delete_snapshot", "domain", "thaw", "storage", "filesystems", "describe_snapshot"]
 POLICIES = [
-    a_policy("hourly", keep="last=2 hourly=3", max_chain_depth=8),
-    a_policy("often", schedule="every 15m", keep="within=2h", max_chain_depth=8, max_deletes_per_run=3),
+    # The chain is just long enough for what they may keep, so that foreign and held ones fill it.
+    a_policy("hourly", keep="last=2 hourly=3", max_chain_depth=14),
+    a_policy("often", schedule="every 15m", keep="within=2h", max_chain_depth=14, max_deletes_per_run=3),
     a_policy("strict", schedule="daily", keep="last=1", consistency=ConsistencyRule.FILESYSTEM, max_chain_depth=16),
 ]
 
@@ -41,7 +43,9 @@ class Runs(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.now = at("2026-10-24T00:00")
-        self.fake = FakeHypervisor(clock=lambda: self.now)
+        self.fake = FakeHypervisor(clock=lambda: self.now, written={})
+        self.writes = 0
+        self.holds_writes: dict[str, int] = {}
         self.uuid = self.fake.add(a_domain()).uuid
         self.directory = tempfile.TemporaryDirectory()
         path, ticks = Path(self.directory.name), itertools.count()
@@ -67,7 +71,7 @@ class Runs(RuleBasedStateMachine):
         policy=st.sampled_from(POLICIES),
         faults=st.lists(
             st.tuples(
-                st.sampled_from(["take_snapshot", "delete_snapshot", "domain", "thaw"]),
+                st.sampled_from(OPERATIONS),
                 st.integers(0, 2),
                 st.sampled_from(ERRORS),
             ),
@@ -75,19 +79,33 @@ class Runs(RuleBasedStateMachine):
         ),
     )
     def run(self, policy: object, faults: list[tuple[str, int, type[HypervisorError]]]) -> None:
-        """Run one policy, with calls that fail; then compare what was there with what is left."""
-        self.fake.before.clear()
-        selectors = {"*": tuple(POLICIES)}
-        fleet = survey([p.name for p in POLICIES], selectors, self.fake.inventory(), now=self.now)
+        """Run one policy, with calls that fail."""
         for operation, calls_before, error in faults:
-            # Reading a domain does not end in an agent's or a snapshot's error.
-            kind = HypervisorError if operation == "domain" else error
+            # Reading a domain or its storage does not end in an agent's or a snapshot's error.
+            kind = HypervisorError if operation in {"domain", "storage"} else error
             skipped = [lambda: None] * calls_before
             self.fake.before[operation] += [*skipped, raising(kind("a fault", operation=operation))]
+        self.run_and_compare(policy)
+
+    @rule(hours=st.integers(2, 6))
+    def the_daemon_runs_undisturbed(self, hours: int) -> None:
+        for _ in range(hours):
+            self.now += timedelta(hours=1)
+            for policy in POLICIES:
+                self.run_and_compare(policy)
+
+    def run_and_compare(self, policy: object) -> None:
+        """Run one policy and compare what was there with what is left."""
+        fleet = survey([p.name for p in POLICIES], {"*": tuple(POLICIES)}, self.fake.inventory(), now=self.now)
         before = self.snapshots
         (pair,) = (pair for pair in fleet.pairs if pair.policy is policy)
-        self.executor.run(pair)
+        outcome = self.executor.run(pair)
         self.fake.before.clear()
+        known = {snapshot.name for snapshot in before}
+        self.holds_writes |= {s.name: self.writes for s in self.snapshots if s.name not in known}
+        if outcome.result == "unchanged":
+            assert self.holds_writes[outcome.snapshot or ""] == self.writes, "what was written since is in no snapshot"
+            assert outcome.snapshot in {snapshot.name for snapshot in self.snapshots}, "the one it stands for is gone"
         left = {snapshot.name for snapshot in self.snapshots}
         gone = [snapshot for snapshot in before if snapshot.name not in left]
         for snapshot in gone:
@@ -113,6 +131,7 @@ class Runs(RuleBasedStateMachine):
     def a_person_takes_one(self) -> None:
         name = f"by-hand-{next(self.names)}"
         self.fake.make_foreign(self.uuid, name)
+        self.holds_writes[name] = self.writes
         self.foreign.add(name)
 
     @precondition(lambda self: self.snapshots)
@@ -130,13 +149,22 @@ class Runs(RuleBasedStateMachine):
     @rule(state=st.sampled_from(DomainState), agent=st.booleans())
     def the_guest_changes(self, state: DomainState, *, agent: bool) -> None:
         self.fake.add(replace(self.fake.domains[self.uuid], state=state, agent_connected=agent))
+        if state is not DomainState.SHUT_OFF:
+            # Not in the second in which a snapshot was taken: no guest starts that fast.
+            self.now += timedelta(seconds=7)
+            self.fake.write_to(self.uuid)
+            self.writes += 1
+
+    @rule()
+    def somebody_freezes_the_guest(self) -> None:
+        self.fake.frozen.add(self.uuid)
 
     @invariant()
     def no_slot_is_taken_twice_and_foreign_ones_are_all_there(self) -> None:
-        slots = [(s.mark.policy, s.mark.scheduled_at) for s in self.snapshots if s.mark]
+        slots = [(s.mark.policy, slot) for s in self.snapshots if s.mark for slot in set(s.mark.slots)]
         assert len(slots) == len(set(slots))
         assert self.foreign == {s.name for s in self.snapshots if s.mark is None}
 
 
 TestRuns = Runs.TestCase
-TestRuns.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestRuns.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

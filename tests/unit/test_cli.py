@@ -512,6 +512,7 @@ def test_plan_as_json(capsys: Capture, write: Write, shared_host: SharedHost) ->
             "run_at": THIS_YEAR.isoformat(),
             "take": new,
             "consistency": "memory",
+            "unchanged": None,
             "refusal": None,
             "verdicts": [
                 {"snapshot": new, "keep": True, "reasons": ["last #1"]},

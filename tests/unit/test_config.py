@@ -10,19 +10,23 @@ import os
 import re
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 from zoneinfo import ZoneInfo
 
 import pytest
 
 from kvmsnapd.config import Config, load_config
+from kvmsnapd.config.models import Settings
+from kvmsnapd.config.yaml_document import parse_yaml
 from kvmsnapd.errors import ConfigError
 from kvmsnapd.model import Kind
-from kvmsnapd.policy import ConsistencyRule
+from kvmsnapd.policy import ConsistencyRule, DiskSelection, Hook, Hooks
 from kvmsnapd.retention import ALL, KeepRules
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from kvmsnapd.policy import Policy
 
     Write = Callable[[str], Path]
 
@@ -95,15 +99,50 @@ def test_every_setting_arrives_where_it_belongs() -> None:
     assert str(policy.schedule) == "30 2 * * *"
     assert policy.timezone == policy.schedule.timezone == ZoneInfo("Australia/Lord_Howe")
     assert policy.keep == KeepRules(1, 2, 3, 4, 5, ALL, timedelta(hours=36))
-    assert (policy.kind, policy.consistency, policy.catch_up) == (Kind.INTERNAL, ConsistencyRule.CRASH, False)
+    assert (policy.kind, policy.consistency, policy.catch_up) == (Kind.INTERNAL, ConsistencyRule.MEMORY, False)
     assert (policy.splay, policy.max_age) == (timedelta(0), timedelta(hours=36))
     assert (policy.max_deletes_per_run, policy.max_chain_depth) == (3, 150)
-    assert config.selectors == {"11111111-2222-3333-4444-555555555555": (policy,)}
+    assert (policy.memory_live, policy.max_pause, policy.min_free_bytes) == (False, timedelta(seconds=90), 0)
+    warm = config.policies["warm"]
+    assert (warm.kind, warm.consistency, warm.memory_live) == (Kind.EXTERNAL, ConsistencyRule.MEMORY, True)
+    assert (warm.max_pause, warm.min_free_bytes) == (timedelta(seconds=2), 3 * 2**29)
+    assert warm.overlay_directory == "/srv/overlays"
+    part = config.policies["part"]
+    assert part.disks == DiskSelection(("vda", "/images/*"), ("/images/scratch-*",))
+    assert warm.hooks == Hooks(
+        before=Hook(("/usr/local/bin/hook", "before", "two words"), timedelta(minutes=5), required=True),
+        after=Hook(("hook-after",), timedelta(minutes=1)),
+        on_failure=Hook(("hook-failed",), timedelta(seconds=10)),
+    )
+    assert config.selectors == {"11111111-2222-3333-4444-555555555555": (policy,), "db-*": (warm,), "web-*": (part,)}
     settings = config.settings
     assert (settings.connect, settings.tick, settings.workers) == ("qemu+unix:///system", timedelta(seconds=10), 2)
+    assert (settings.takes_per_storage, settings.merges_per_storage) == (3, 2)
     assert (settings.metrics.enabled, settings.metrics.listen, settings.metrics.port) == (False, "::1", 0)
     assert (settings.log.level, settings.log.format) == ("debug", "json")
     assert (config.state_directory, config.runtime_directory) == (Path("/var/lib/elsewhere"), Path("/run/elsewhere"))
+
+
+def keys_of(model: object) -> set[str]:
+    """Return the names of all settings of a model and of those below it."""
+    found: set[str] = set()
+    for name, field in getattr(model, "model_fields", {}).items():
+        found.add(name)
+        for part in (field.annotation, *get_args(field.annotation)):
+            found |= keys_of(part)
+    return found
+
+
+def written_keys(data: object) -> set[str]:
+    if not isinstance(data, dict):
+        return set()
+    return set(data).union(*map(written_keys, data.values()))
+
+
+def test_the_sample_of_every_setting_has_every_setting() -> None:
+    path = SAMPLES / "valid" / "every_setting.yaml"
+    missing = keys_of(Settings) - written_keys(parse_yaml(str(path), path.read_text(encoding="utf-8")).data)
+    assert missing == set()
 
 
 def test_an_empty_file_is_the_defaults() -> None:
@@ -111,6 +150,7 @@ def test_an_empty_file_is_the_defaults() -> None:
     settings = config.settings
     assert (config.policies, config.selectors, config.warnings) == ({}, {}, ())
     assert (settings.connect, settings.timezone) == ("qemu:///system", ZoneInfo("UTC"))
+    assert (settings.takes_per_storage, settings.merges_per_storage) == (4, 1)
     assert (settings.metrics.listen, settings.metrics.port) == ("127.0.0.1", 9783)
     assert (config.state_directory, config.runtime_directory) == (Path("/var/lib/kvmsnapd"), Path("/run/kvmsnapd"))
 
@@ -119,6 +159,8 @@ def test_a_policy_of_two_lines_has_safe_defaults() -> None:
     policy = sample("byte_order_mark").policies["standard"]
     assert (policy.kind, policy.consistency) == (Kind.EXTERNAL, ConsistencyRule.FILESYSTEM_PREFERRED)
     assert (policy.catch_up, policy.max_deletes_per_run, policy.max_chain_depth) == (True, 10, 16)
+    assert (policy.memory_live, policy.max_pause, policy.min_free_bytes) == (False, timedelta(seconds=10), 2**30)
+    assert (policy.overlay_directory, policy.disks, policy.hooks) == (None, DiskSelection(), Hooks())
 
 
 def test_policies_follow_the_time_zone_of_the_file() -> None:
@@ -166,6 +208,81 @@ def test_anchors_stand_for_their_values() -> None:
     config = sample("anchors")
     assert config.policies["standard"].keep == config.policies["other"].keep
     assert config.selectors["a"] == config.selectors["b"]
+
+
+def a_policy_with(write: Write, *lines: str) -> Policy:
+    """Load a policy with these settings."""
+    text = "".join(f"    {line}\n" for line in ("schedule: hourly", "keep: {last: 2}", *lines))
+    return load_config(write(f"policies:\n  p:\n{text}")).policies["p"]
+
+
+@pytest.mark.parametrize(
+    ("written", "size"),
+    [
+        ("0", 0),
+        ("123456", 123456),
+        ('"123456"', 123456),
+        ("500MiB", 500 * 2**20),
+        ("10 GiB", 10 * 2**30),
+        ("10gib", 10 * 2**30),
+        ("1.5G", 1_500_000_000),
+        ("2TB", 2 * 10**12),
+        ("100 kB", 100_000),
+        ("7B", 7),
+    ],
+)
+def test_a_size_has_a_decimal_or_a_binary_unit_or_none(write: Write, written: str, size: int) -> None:
+    assert a_policy_with(write, f"min_free: {written}").min_free_bytes == size
+
+
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        *("-5", "1e9", "nan", "inf", "GiB", "[1GiB]"),
+        *(pytest.param(text) for text in ('"1,5GiB"', "5 GiB or so", "10.5.5GiB")),
+    ],
+)
+def test_anything_else_is_no_size(write: Write, written: str) -> None:
+    with pytest.raises(ConfigError, match="write a size, such as 500MiB or 10GiB"):
+        a_policy_with(write, f"min_free: {written}")
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ("kind: internal", "consistency: memory"),
+        ("kind: internal",),
+        ("memory: live", "consistency: memory"),
+        ("memory: live",),
+        ("kind: internal", "disks: {include: [], exclude: []}"),
+        ("kind: internal", "max_pause: 1h"),
+    ],
+    ids=", ".join,
+)
+def test_settings_that_mean_the_same_are_no_contradiction(write: Write, lines: tuple[str, ...]) -> None:
+    assert a_policy_with(write, *lines).memory_live is ("memory: live" in lines)
+
+
+def test_a_section_of_which_all_is_commented_out_is_its_defaults(write: Write) -> None:
+    policy = a_policy_with(write, "disks:", "  # exclude: [vdb]", "hooks:", "  before:", "    # command: [x]")
+    assert (policy.disks, policy.hooks) == (DiskSelection(), Hooks())
+
+
+def test_only_the_hook_before_can_be_required(write: Write) -> None:
+    with pytest.raises(ConfigError, match=r"hooks\.after\.required: unknown key `required`"):
+        a_policy_with(write, "hooks: {after: {command: [x], required: true}}")
+
+
+def test_a_hook_is_not_required_unless_it_says_so(write: Write) -> None:
+    hooks = a_policy_with(write, "hooks: {before: {command: [x]}, after: {command: [y]}}").hooks
+    assert hooks == Hooks(Hook(("x",), timedelta(minutes=1)), Hook(("y",), timedelta(minutes=1)))
+
+
+def test_an_unknown_key_of_a_hook_is_told_which_there_are(write: Write) -> None:
+    with pytest.raises(ConfigError, match=r"did you mean `required`\? Allowed are command, timeout, required"):
+        a_policy_with(write, "hooks: {before: {command: [x], requird: true}}")
 
 
 @pytest.mark.parametrize("word", ["true", "yes", "on"])
@@ -280,7 +397,8 @@ domains:
     assert [warning.replace(str(path), path.name) for warning in load_config(path).warnings] == [
         (
             "kvmsnapd.yaml:5:3: domains.db01: the policies may keep 6 (short) + 10 (long) snapshots, and one more is "
-            "there while a new one is taken, but max_chain_depth is 16; takes are refused once the chain is full"
+            "there while a new one is taken, but a backing chain may be only 16 deep (max_chain_depth); domains it "
+            "applies to are refused"
         )
     ]
 
@@ -288,6 +406,22 @@ domains:
 def test_a_rule_without_limit_is_warned_of(write: Write) -> None:
     path = write("policies: {p: {schedule: daily, keep: {yearly: all}}}\ndomains: {db01: [p]}\n")
     assert "may keep no limit (p) snapshots" in load_config(path).warnings[0]
+
+
+def test_policies_beyond_what_any_libvirt_starts_are_warned_of(write: Write) -> None:
+    path = write(
+        """\
+policies:
+  p: {schedule: daily, keep: {last: 80}, max_chain_depth: 150}
+  q: {schedule: daily, keep: {last: 70}, max_chain_depth: 150}
+domains:
+  db01: [p, q]
+  db02: [q]
+"""
+    )
+    (warning,) = load_config(path).warnings
+    assert "domains.db01: the policies may keep 80 (p) + 70 (q) snapshots" in warning
+    assert "may be only 150 deep (the limit of this libvirt)" in warning
 
 
 def test_as_many_as_fit_with_the_one_that_is_taken_are_not_warned_of(write: Write) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from kvmsnapd.config import load_config
 from kvmsnapd.config.reference import PATH, render
-from kvmsnapd.metrics import Metrics, Observation
+from kvmsnapd.metrics import Metrics
+from kvmsnapd.state_series import Observation
 from tests.builders import an_inventory
 from tests.unit.test_metrics import a_fleet
 

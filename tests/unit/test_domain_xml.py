@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 
 import pytest
 
-from kvmsnapd.domain_xml import DomainDocument, format_request, parse_domain, parse_snapshot
-from kvmsnapd.model import Consistency, Disk, Kind, Mark, Snapshot, TakeRequest
+from kvmsnapd.domain_xml import (
+    DomainDocument,
+    format_request,
+    parse_domain,
+    parse_snapshot,
+    with_description,
+    with_files_for_volumes,
+)
+from kvmsnapd.model import Consistency, Disk, Hold, Kind, Mark, Snapshot, TakeRequest, Unchanged
 from kvmsnapd.naming import format_description
 from tests.builders import UUID, at
 
@@ -167,7 +175,7 @@ def a_document(*devices: str, loader: str = "") -> DomainDocument:
         (FLOPPY, Disk("fda", "floppy", path="/images/drivers.img", format="raw")),
         (BLOCK, Disk("vdb", source_type="block", path="/dev/vg0/web1", format="raw")),
         (NETWORK, Disk("vdc", source_type="network", path=None, format="raw")),
-        (VOLUME, Disk("vdd", source_type="volume", path=None)),
+        (VOLUME, Disk("vdd", source_type="volume", path="web1.qcow2", pool="default")),
         (SHARED, Disk("vde", path="/images/quorum.img", format="raw", shareable=True)),
         (TRANSIENT, Disk("vdf", path="/images/scratch.qcow2", transient=True)),
         (WITHOUT_DRIVER, Disk("hda", path="/guest/diskimage1", format="raw")),
@@ -226,7 +234,12 @@ def test_uefi_firmware_is_seen(loader: str, pflash: bool) -> None:
 
 def test_a_domain_without_devices_has_no_disks() -> None:
     text = "<domain type='test'><name>bare</name><os><type>hvm</type></os></domain>"
-    assert parse_domain(text) == DomainDocument(disks=(), pflash=False, agent_connected=False)
+    assert parse_domain(text) == DomainDocument(disks=(), pflash=False, agent_connected=False, memory_bytes=0)
+
+
+def test_the_memory_is_read_in_bytes() -> None:
+    text = "<domain type='kvm'><name>bare</name><memory unit='KiB'>524288</memory></domain>"
+    assert parse_domain(text).memory_bytes == 512 * 2**20
 
 
 # Snapshots
@@ -297,6 +310,58 @@ def test_our_name_without_a_description_is_foreign() -> None:
     assert parse_snapshot(a_snapshot_document("external", name=NAME)).mark is None
 
 
+def test_what_a_snapshot_covers_and_where_its_ram_is_are_read() -> None:
+    text = f"""<domainsnapshot><name>{NAME}</name><state>shutoff</state><creationTime>1795348803</creationTime>
+      <memory snapshot='external' file='/images/web1.mem'/>
+      <disks><disk name='vda' snapshot='external' type='file'><source file='/images/top'/></disk>
+        <disk name='vdb' snapshot='no'/></disks>
+      <domain type='kvm'><name>web1</name><devices>{SINGLE}{VOLUME}{EMPTY_CDROM}</devices></domain>
+      <inactiveDomain type='kvm'><name>web1</name><devices>{BLOCK}</devices></inactiveDomain></domainsnapshot>"""
+    snapshot = parse_snapshot(text)
+    assert (snapshot.offline, snapshot.memory_file) == (True, "/images/web1.mem")
+    assert snapshot.overlays == (("vda", "/images/top"),)
+    assert snapshot.covers == (("vda", "/images/web1.qcow2"), ("vdd", "web1.qcow2"))
+
+
+# Snapshots written anew
+
+
+def test_a_new_description_replaces_that_of_the_snapshot_and_nothing_else() -> None:
+    seen = Unchanged(at("2026-11-22T13:00"), at("2026-11-22T13:00:01"))
+    changed = replace(MARK, hold=Hold("a & b <c> \\1 \\g<0> ]]>"), unchanged=seen)
+    before = a_snapshot_document("external", name=NAME, description=format_description(MARK), parent="first")
+    after = with_description(before, changed)
+    assert parse_snapshot(after) == replace(parse_snapshot(before), mark=changed)
+    assert "<description>of the domain, not the snapshot</description>" in after
+    assert with_description(after, MARK) == before
+
+
+def test_volumes_of_a_pool_become_the_files_that_they_are() -> None:
+    text = f"""<domainsnapshot xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'><name>{NAME}</name>
+      <disks><disk name='vdd' snapshot='external' type='file'><source file='/pool/top'/></disk></disks>
+      <domain type='kvm'><name>web1</name><metadata><ns7:a xmlns:ns7='urn:x'/></metadata>
+        <devices>{SINGLE}{VOLUME}</devices>
+        <qemu:commandline><qemu:arg value='-s'/></qemu:commandline></domain>
+      <inactiveDomain type='kvm'><name>web1</name><devices>{VOLUME}</devices></inactiveDomain></domainsnapshot>"""
+    root = ET.fromstring(with_files_for_volumes(text, {"vdd": "/pool/web1.qcow2"}))  # noqa: S314
+    disks = [
+        (disk.get("type"), disk.find("source").attrib)  # type: ignore[union-attr]
+        for disk in root.iterfind(".//devices/disk")
+    ]
+    as_file = ("file", {"file": "/pool/web1.qcow2"})
+    assert disks == [("file", {"file": "/images/web1.qcow2", "index": "1"}), as_file, as_file]
+    assert root.find(".//{http://libvirt.org/schemas/domain/qemu/1.0}arg") is not None
+    assert root.find(".//{urn:x}a") is not None
+
+
+def test_a_volume_of_which_no_file_is_known_stays_as_it_is() -> None:
+    text = f"<domainsnapshot><domain><devices>{VOLUME}</devices></domain></domainsnapshot>"
+    root = ET.fromstring(with_files_for_volumes(text, {"vda": "/x", "vdd": ""}))  # noqa: S314
+    disk = root.find(".//disk")
+    assert disk is not None
+    assert disk.get("type") == "volume"
+
+
 # Requests
 
 
@@ -324,6 +389,15 @@ def test_an_external_request_names_every_disk() -> None:
 
 def test_a_request_without_files_lists_no_disks() -> None:
     assert "<disks" not in format_request(a_request())
+
+
+def test_a_request_with_ram_names_its_file() -> None:
+    mark = replace(MARK, consistency=Consistency.MEMORY)
+    asked = TakeRequest(UUID, "web1", NAME, mark, (("vda", "/images/top"),), memory_file="/images/web1.mem")
+    memory = ET.fromstring(format_request(asked)).find("memory")  # noqa: S314
+    assert memory is not None
+    assert memory.attrib == {"snapshot": "external", "file": "/images/web1.mem"}
+    assert "<memory" not in format_request(replace(asked, memory_file=None))
 
 
 def test_names_with_special_characters_are_escaped() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -13,14 +14,19 @@ from kvmsnapd.errors import (
     DomainBusyError,
     GuestAgentRefusedError,
     GuestAgentUnavailableError,
+    GuestFrozenError,
     HypervisorError,
     HypervisorUnreachableError,
     SnapshotExistsError,
+    SnapshotNotFoundError,
+    StorageFullError,
 )
 from kvmsnapd.events import (
     DeleteFailed,
+    DomainExamined,
     DomainThawed,
     Event,
+    GuestFrozen,
     PruneBlocked,
     RunFinished,
     RunSkipped,
@@ -28,15 +34,17 @@ from kvmsnapd.events import (
     SnapshotDowngraded,
     SnapshotFailed,
     SnapshotTaken,
+    SnapshotUnchanged,
     ThawFailed,
 )
 from kvmsnapd.execute import Executor, Outcome
 from kvmsnapd.fleet import survey
-from kvmsnapd.model import Consistency, DomainState, Hold, Kind, TakeRequest
+from kvmsnapd.gates import StorageGates
+from kvmsnapd.model import Consistency, DomainState, Hold, Kind, Storage, TakeRequest
 from kvmsnapd.naming import format_name
-from kvmsnapd.policy import ConsistencyRule, Policy
+from kvmsnapd.policy import ConsistencyRule, DiskSelection, Policy
 from kvmsnapd.state_files import DomainLocks, FreezeIntents
-from tests.builders import a_chain, a_domain, a_policy, a_snapshot, at
+from tests.builders import a_chain, a_disk, a_domain, a_foreign_snapshot, a_policy, a_snapshot, at
 from tests.fakes import FakeHypervisor, raising
 
 if TYPE_CHECKING:
@@ -448,10 +456,12 @@ def test_a_full_chain_is_given_room_by_the_snapshots_that_retention_releases(tmp
 
 
 def test_room_is_never_made_by_deleting_the_newest(tmp_path: Path) -> None:
-    bench = Bench(tmp_path, a_policy(keep="last=1", max_chain_depth=1))
-    bench.fake.add(replace(bench.fake.domains[bench.uuid], snapshots=(a_snapshot(NOON - HOUR),)))
+    bench = Bench(tmp_path, a_policy(keep="last=1", max_chain_depth=2))
+    chain = a_chain(a_foreign_snapshot(), a_snapshot(NOON - HOUR))
+    bench.fake.add(replace(bench.fake.domains[bench.uuid], snapshots=chain))
     assert bench.run().result == "skipped"
-    assert bench.names == [a_snapshot(NOON - HOUR).name]
+    assert bench.said(RunSkipped)[0].reason == "chain_full"
+    assert bench.names == [snapshot.name for snapshot in chain]
 
 
 def test_after_a_long_pause_or_a_clock_that_jumped_the_first_run_deletes_nothing(tmp_path: Path) -> None:
@@ -490,7 +500,7 @@ def test_after_all_numbers_of_a_slot_the_first_free_name_is_tried_again(bench: B
     for _ in range(120):
         bench.fake.before["take_snapshot"] = [raising(unreachable())]
         assert bench.run().result == "failed"
-    assert len(bench.executor._used_up) == 1
+    assert len(bench.executor._taker._used_up) == 1
     assert bench.run().result == "taken"
     assert bench.said(RunSkipped) == []
 
@@ -575,3 +585,375 @@ def test_an_agent_that_refuses_to_freeze_and_to_thaw_leaves_nothing_behind(bench
     assert bench.run().result == "taken"
     assert len(bench.said(SnapshotDowngraded)) == 1
     assert bench.intents.outstanding() == []
+
+
+# Shut-off domains that nothing has changed in
+
+
+@pytest.fixture
+def still(tmp_path: Path) -> Bench:
+    """Provide a shut-off domain with one snapshot, an hour later; its files' times are told."""
+    bench = Bench(tmp_path, a_policy(keep="last=2"), state=DomainState.SHUT_OFF)
+    bench.fake.written = {}
+    bench.run()
+    bench.events.clear()
+    bench.now += HOUR
+    return bench
+
+
+def calls(bench: Bench, *operations: str) -> list[str]:
+    return [call[0] for call in bench.fake.calls if call[0] in operations]
+
+
+def test_a_slot_of_a_domain_that_has_not_changed_is_written_into_its_newest_snapshot(still: Bench) -> None:
+    name = format_name("standard", NOON)
+    assert still.run() == Outcome("unchanged", NOON + HOUR, name)
+    assert still.names == [name]
+    (snapshot,) = still.fake.domains[still.uuid].snapshots
+    assert snapshot.mark is not None
+    assert snapshot.mark.slots == (NOON, NOON + HOUR)
+    (event,) = still.said(SnapshotUnchanged)
+    assert (event.snapshot, event.scheduled_at) == (name, NOON + HOUR)
+    (summary,) = still.said(RunFinished)
+    assert (summary.result, summary.snapshot, summary.scheduled_at) == ("unchanged", name, NOON + HOUR)
+
+
+def test_a_slot_that_was_written_down_is_done_and_the_last_success_moves_with_it(still: Bench) -> None:
+    for _ in range(5):
+        assert still.run().result == "unchanged"
+        assert still.run().result == "nothing_due"
+        fleet = survey(["standard"], {"*": (still.policy,)}, still.fake.inventory(), now=still.now)
+        assert fleet.pairs[0].last_success_at == still.now
+        still.now += HOUR
+    assert len(still.names) == 1
+
+
+def test_a_domain_that_ran_meanwhile_gets_a_snapshot_again(still: Bench) -> None:
+    assert still.run().result == "unchanged"
+    still.now += HOUR
+    still.fake.write_to(still.uuid)
+    assert still.run().snapshot == format_name("standard", NOON + 2 * HOUR)
+
+
+def test_a_run_that_needs_no_snapshot_deletes_what_is_released(still: Bench) -> None:
+    for _ in range(2):
+        still.fake.write_to(still.uuid)
+        still.fake.before["delete_snapshot"] = [raising(DomainBusyError("busy", operation="snapshot_delete"))]
+        assert still.run().result == "taken"
+        still.now += HOUR
+    assert len(still.names) == 3
+    outcome = still.run()
+    assert (outcome.result, outcome.deleted, len(still.names)) == ("unchanged", 1, 2)
+    assert still.run().result == "nothing_due"
+
+
+def test_pruning_that_writes_into_layers_below_does_not_make_every_slot_a_change(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, a_policy(keep="last=3"))
+    bench.fake.written = {}
+    for _ in range(6):
+        bench.run()
+        bench.now += HOUR
+    bench.fake.add(replace(bench.fake.domains[bench.uuid], state=DomainState.SHUT_OFF))
+    results = []
+    for _ in range(6):
+        results.append(bench.run().result)
+        bench.now += HOUR
+    assert results == ["taken", *["unchanged"] * 5]
+
+
+def test_a_slot_that_cannot_be_written_down_is_tried_again(still: Bench) -> None:
+    gone = SnapshotNotFoundError("it is gone", operation="snapshot_redefine")
+    still.fake.before["describe_snapshot"] = [raising(gone)]
+    outcome = still.run()
+    assert (outcome.result, outcome.wants_retry) == ("skipped", True)
+    assert still.said(RunSkipped)[0].reason == "snapshot_gone"
+    assert still.run().result == "unchanged"
+
+
+def test_without_times_of_files_every_slot_is_taken(still: Bench) -> None:
+    still.fake.written = None
+    assert still.run().result == "taken"
+
+
+def test_the_slot_that_is_told_is_the_one_that_was_due(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, state=DomainState.SHUT_OFF)
+    bench.fake.written = {}
+    bench.now += 240 * HOUR  # the clock was ahead
+    bench.run()
+    bench.now -= 240 * HOUR
+    outcome = bench.run()
+    assert outcome.scheduled_at == NOON
+
+
+# Quarantine
+
+
+def skips(bench: Bench) -> list[tuple[str, bool, bool]]:
+    return [(event.reason, event.quarantined, event.again) for event in bench.said(RunSkipped)]
+
+
+def test_a_quarantine_is_told_once(bench: Bench) -> None:
+    bench.fake.add(replace(bench.fake.domains[bench.uuid], persistent=False))
+    assert [bench.run().quarantined for _ in range(3)] == [True] * 3
+    assert skips(bench) == [("transient", True, False), ("transient", True, True), ("transient", True, True)]
+
+
+def test_a_quarantine_for_another_reason_is_told_again(bench: Bench) -> None:
+    domain = bench.fake.domains[bench.uuid]
+    bench.fake.add(replace(domain, persistent=False))
+    bench.run()
+    bench.fake.add(replace(domain, disks=(a_disk(shareable=True),)))
+    bench.run()
+    assert skips(bench) == [("transient", True, False), ("disk", True, False)]
+
+
+def test_a_quarantine_that_came_back_is_told_again(bench: Bench) -> None:
+    domain = bench.fake.domains[bench.uuid]
+    unfit = replace(domain, persistent=False)
+    for state in (unfit, replace(unfit, persistent=True, managed_save=True), unfit):
+        bench.fake.add(state)
+        bench.run()
+    assert skips(bench) == [("transient", True, False), ("managed_save", False, False), ("transient", True, False)]
+    bench.fake.add(domain)
+    assert bench.run().result == "taken"
+    bench.now += HOUR
+    bench.fake.add(replace(bench.fake.domains[bench.uuid], persistent=False))
+    bench.run()
+    assert skips(bench) == [("transient", True, False)]
+
+
+def test_what_heals_is_told_each_time_and_is_no_quarantine(bench: Bench) -> None:
+    bench.fake.add(replace(bench.fake.domains[bench.uuid], managed_save=True))
+    assert [bench.run().quarantined for _ in range(2)] == [False, False]
+    assert skips(bench) == [("managed_save", False, False)] * 2
+
+
+# What is below the domain
+
+
+def test_a_run_tells_depth_and_space_while_something_is_due_and_asks_for_nothing_otherwise(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, a_policy(overlay_directory="/overlays"))
+    bench.fake.stored = Storage({"/overlays": 7})
+    bench.run()
+    (event,) = bench.said(DomainExamined)
+    assert (event.chain_depth, event.free_bytes) == ({"vda": 0}, {"/overlays": 7})
+    assert ("storage", bench.uuid, "/overlays") in bench.fake.calls
+    bench.fake.calls.clear()
+    bench.run()
+    assert calls(bench, "storage") == []
+
+
+def test_a_storage_without_space_is_left_alone_until_there_is_some(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, a_policy(min_free_bytes=10))
+    bench.fake.stored = Storage({"/images": 9})
+    assert bench.run().wants_retry
+    assert skips(bench) == [("space", False, False)]
+    bench.fake.stored = Storage({"/images": 10})
+    assert bench.run().result == "taken"
+
+
+def test_a_storage_that_fills_up_during_the_take_is_a_failure_for_want_of_space(bench: Bench) -> None:
+    full = StorageFullError("No space left on device", operation="snapshot_create")
+    bench.fake.before["take_snapshot"] = [raising(full)]
+    assert bench.run().result == "failed"
+    assert bench.said(SnapshotFailed)[0].reason == "space"
+
+
+def test_disks_that_the_policy_leaves_out_are_told_and_noted(tmp_path: Path) -> None:
+    policy = a_policy(disks=DiskSelection(exclude=("vdb",)))
+    bench = Bench(tmp_path, policy, disks=(a_disk("vda"), a_disk("vdb")))
+    bench.run()
+    (event,) = bench.said(SnapshotTaken)
+    assert event.excluded == ("vdb",)
+    (snapshot,) = bench.fake.domains[bench.uuid].snapshots
+    assert snapshot.mark is not None
+    assert (snapshot.mark.excluded, [target for target, _ in snapshot.overlays]) == (("vdb",), ["vda"])
+
+
+def test_overlays_that_libvirt_put_elsewhere_are_a_snapshot_that_is_deleted_again(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish = bench.fake.finish_take
+    other = (("vda", "/images/other"),)
+    monkeypatch.setattr(bench.fake, "finish_take", lambda request: finish(replace(request, overlays=other)))
+    assert bench.run().result == "failed"
+    assert "put other overlays on it" in bench.said(SnapshotFailed)[0].error
+    assert bench.names == []
+
+
+def test_a_live_snapshot_tells_where_the_ram_is_and_asks_no_agent(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, a_policy(memory_live=True, consistency=ConsistencyRule.MEMORY))
+    bench.run()
+    (snapshot,) = bench.fake.domains[bench.uuid].snapshots
+    assert snapshot.memory_file == f"/images/web1.{snapshot.name}.mem"
+    assert calls(bench, "filesystems", "thaw") == []
+
+
+# The agent, asked before a freeze
+
+
+def frozen_by_somebody() -> GuestFrozenError:
+    return GuestFrozenError("the agent is in frozen state", operation="snapshot_create", code=1)
+
+
+def test_what_will_be_frozen_is_asked_before_the_freeze_and_told(bench: Bench) -> None:
+    bench.run()
+    assert bench.said(SnapshotTaken)[0].frozen == ("/",)
+    assert calls(bench, "filesystems", "take_snapshot") == ["filesystems", "take_snapshot"]
+
+
+@pytest.mark.parametrize("rule", [ConsistencyRule.FILESYSTEM, ConsistencyRule.FILESYSTEM_PREFERRED])
+def test_an_agent_that_is_silent_when_asked_is_sent_no_freeze_and_leaves_no_intent(
+    tmp_path: Path, rule: ConsistencyRule
+) -> None:
+    bench = Bench(tmp_path, a_policy(consistency=rule))
+    asked: list[bool] = []
+    bench.fake.before["filesystems"] = [raising(agent_silent())]
+    bench.fake.before["take_snapshot"] = [lambda: asked.append(bench.intents.exists(bench.uuid))]
+    outcome = bench.run()
+    assert (bench.intents.outstanding(), calls(bench, "thaw")) == ([], [])
+    if rule is ConsistencyRule.FILESYSTEM:
+        assert (outcome.result, asked, bench.said(SnapshotFailed)[0].reason) == ("failed", [], "agent")
+    else:
+        assert (outcome.result, asked, len(bench.said(SnapshotDowngraded))) == ("taken", [False], 1)
+        assert bench.said(SnapshotTaken)[0].consistency == "crash"
+
+
+def test_an_agent_too_old_to_tell_what_it_freezes_is_asked_to_freeze_all_the_same(bench: Bench) -> None:
+    refused = GuestAgentRefusedError("command not found", operation="filesystems")
+    bench.fake.before["filesystems"] = [raising(refused)]
+    assert bench.run().result == "taken"
+    (event,) = bench.said(SnapshotTaken)
+    assert (event.consistency, event.frozen) == ("filesystem", ())
+
+
+@pytest.mark.parametrize("found", ["when asked", "by the freeze"])
+@pytest.mark.parametrize("rule", [ConsistencyRule.FILESYSTEM, ConsistencyRule.FILESYSTEM_PREFERRED])
+def test_a_guest_that_somebody_froze_is_told_and_never_thawed(
+    tmp_path: Path, rule: ConsistencyRule, found: str
+) -> None:
+    bench = Bench(tmp_path, a_policy(consistency=rule))
+    if found == "when asked":
+        bench.fake.frozen.add(bench.uuid)
+    else:
+
+        def freeze_first() -> None:
+            bench.fake.frozen.add(bench.uuid)
+            raise frozen_by_somebody()
+
+        bench.fake.before["take_snapshot"] = [freeze_first]
+    outcome = bench.run()
+    bench.executor.thawer.thaw_all()
+    assert (bench.fake.frozen, calls(bench, "thaw")) == ({bench.uuid}, [])
+    assert bench.intents.outstanding() == []
+    assert len(bench.said(GuestFrozen)) == 1
+    if rule is ConsistencyRule.FILESYSTEM:
+        assert (outcome.result, bench.said(SnapshotFailed)[0].reason) == ("failed", "frozen")
+    else:
+        assert (outcome.result, bench.said(SnapshotTaken)[0].consistency) == ("taken", "crash")
+        assert len(bench.said(SnapshotDowngraded)) == 1
+
+
+def test_a_guest_that_an_earlier_run_of_ours_may_have_frozen_is_thawed_all_the_same(bench: Bench) -> None:
+    bench.intents.record(bench.uuid)
+    bench.fake.frozen.add(bench.uuid)
+    assert bench.run().result == "taken"
+    assert (bench.fake.frozen, bench.said(GuestFrozen)) == (set(), [])
+
+
+# Deletes
+
+
+def test_after_a_delete_that_left_something_wrong_no_other_is_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(tmp_path, a_policy(keep="last=1"))
+    bench.fake.add(
+        replace(bench.fake.domains[bench.uuid], snapshots=a_chain(*(a_snapshot(NOON - n * HOUR) for n in (3, 2, 1))))
+    )
+    delete = bench.fake.delete_snapshot
+
+    def delete_and_lose_a_branch(uuid: str, name: str) -> None:
+        delete(uuid, name)
+        domain = bench.fake.domains[uuid]
+        bench.fake.add(replace(domain, snapshots=domain.snapshots[1:]))
+
+    monkeypatch.setattr(bench.fake, "delete_snapshot", delete_and_lose_a_branch)
+    outcome = bench.run()
+    assert (outcome.result, outcome.deleted, outcome.blocked) == ("taken", 0, 3)
+    (event,) = bench.said(DeleteFailed)
+    assert "was deleted, and afterwards snapshot" in event.error
+    assert "kvmsnapd doctor" in event.error
+    assert calls(bench, "delete_snapshot") == ["delete_snapshot"]
+    assert bench.said(SnapshotDeleted) == []
+
+
+# Gates
+
+
+def in_a_thread(bench: Bench) -> tuple[threading.Thread, list[Outcome]]:
+    outcomes: list[Outcome] = []
+    thread = threading.Thread(target=lambda: outcomes.append(bench.run()), daemon=True)
+    thread.start()
+    return thread, outcomes
+
+
+@pytest.mark.parametrize(
+    ("policy", "heavy"),
+    [
+        (a_policy(), False),
+        (a_policy(kind=Kind.INTERNAL), True),
+        (a_policy(memory_live=True), True),
+    ],
+    ids=["disks", "internal", "live"],
+)
+def test_a_take_waits_for_a_place_on_its_storage(tmp_path: Path, policy: Policy, heavy: bool) -> None:
+    bench = Bench(tmp_path, policy)
+    bench.executor.gates = gates = StorageGates(takes=1, heavy=1)
+    with gates.hold(["/elsewhere"], heavy=heavy), gates.hold(["/images"], heavy=not heavy):
+        assert bench.run().result == "taken"
+    bench.now += HOUR
+    with gates.hold(["/images"], heavy=heavy):
+        thread, outcomes = in_a_thread(bench)
+        thread.join(0.1)
+        assert (thread.is_alive(), len(bench.names)) == (True, 1)
+    thread.join(30)
+    assert [outcome.result for outcome in outcomes] == ["taken"]
+
+
+def test_a_delete_waits_for_a_place_and_looks_again_then(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, a_policy(keep="last=1"))
+    bench.run()
+    bench.now += HOUR
+    gates = StorageGates(takes=1, heavy=1)
+    bench.executor._pruner.gates = gates
+    with gates.hold(["/images"], heavy=True):
+        thread, outcomes = in_a_thread(bench)
+        thread.join(0.1)
+        assert (thread.is_alive(), len(bench.names)) == (True, 2)
+        domain = bench.fake.domains[bench.uuid]
+        held = [replace(s, mark=replace(s.mark, hold=Hold("audit"))) for s in domain.snapshots if s.mark]
+        bench.fake.add(replace(domain, snapshots=tuple(held)))
+    thread.join(30)
+    assert [(outcome.result, outcome.deleted, outcome.blocked) for outcome in outcomes] == [("taken", 0, 1)]
+    assert len(bench.names) == 2
+
+
+def test_deletes_of_internal_snapshots_move_no_data_and_wait_for_nothing(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, a_policy(kind=Kind.INTERNAL, keep="last=1"), state=DomainState.SHUT_OFF)
+    bench.run()
+    bench.now += HOUR
+    with bench.executor._pruner.gates.hold(["/images"], heavy=True):
+        assert bench.run().deleted == 1
+
+
+def test_a_domain_that_became_unfit_while_it_waited_for_its_storage_is_not_taken(tmp_path: Path) -> None:
+    """Its next start would go on from the managed save, which writes into the layer that the snapshot freezes."""
+    bench = Bench(tmp_path, state=DomainState.SHUT_OFF)
+    bench.executor.gates = gates = StorageGates(takes=1, heavy=1)
+    with gates.hold(["/images"], heavy=False):
+        thread, _ = in_a_thread(bench)
+        thread.join(0.1)
+        bench.fake.add(replace(bench.fake.domains[bench.uuid], managed_save=True))
+    thread.join(30)
+    assert bench.names == []

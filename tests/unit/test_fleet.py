@@ -82,6 +82,27 @@ def test_a_snapshot_dated_in_the_future_does_not_hide_that_the_last_real_one_is_
     assert age > timedelta(days=9)
 
 
+def test_a_snapshot_that_was_seen_unchanged_is_as_young_as_that() -> None:
+    seen = a_snapshot("2026-11-20T12:00", unchanged="2026-11-22T12:00")
+    (pair,) = look({"*": (STANDARD,)}, an_inventory(*hourly_snapshots(2, last="2026-11-20T11:00"), seen)).pairs
+    assert (pair.newest, pair.last_success_at) == (seen, at("2026-11-22T12:00"))
+    assert pair.age(NOW) == timedelta(minutes=30)
+    assert (pair.due.slot, pair.due.run_at) == (None, at("2026-11-22T13:00"))
+
+
+def test_a_snapshot_that_was_seen_unchanged_in_the_future_is_as_old_as_it_is() -> None:
+    seen = a_snapshot("2026-11-20T12:00", unchanged="2031-01-01T00:00")
+    (pair,) = look({"*": (STANDARD,)}, an_inventory(seen)).pairs
+    assert pair.last_success_at == at("2026-11-20T12:00:03")
+    assert pair.due.slot == at("2026-11-22T12:00")
+
+
+def test_a_pair_knows_all_policies_of_its_domain() -> None:
+    both = (STANDARD, a_policy("daily", schedule="daily"))
+    fleet = look({"web1": both, "*": (STANDARD,)}, an_inventory(), an_inventory(name="b", uuid=OTHER_UUID))
+    assert [pair.policies for pair in fleet.pairs] == [both, both, (STANDARD,)]
+
+
 def test_a_domain_without_policies_has_no_pair() -> None:
     fleet = look({"scratch-*": ()}, an_inventory(name="scratch-1"), an_inventory(name="other", uuid=OTHER_UUID))
     assert fleet.pairs == ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,12 +13,17 @@ import structlog
 
 from kvmsnapd.events import (
     ConfigRejected,
+    DomainExamined,
     Event,
+    GuestFrozen,
+    HookFinished,
     PruneBlocked,
     RunFinished,
+    RunSkipped,
     SnapshotDeleted,
     SnapshotFailed,
     SnapshotTaken,
+    SnapshotUnchanged,
 )
 from kvmsnapd.logs import configure_logging, event_fields, log_event
 from kvmsnapd.model import PairName
@@ -68,6 +74,8 @@ def test_a_snapshot_taken_is_one_json_line(capsys: pytest.CaptureFixture[str]) -
         kind="external",
         consistency="filesystem",
         duration_seconds=0.25,
+        frozen=("/", "/srv"),
+        excluded=("vdb",),
     )
     assert logged(capsys, event) == [
         {
@@ -79,6 +87,9 @@ def test_a_snapshot_taken_is_one_json_line(capsys: pytest.CaptureFixture[str]) -
             "kind": "external",
             "consistency": "filesystem",
             "duration_seconds": 0.25,
+            "frozen": ["/", "/srv"],
+            "excluded": ["vdb"],
+            "paused_seconds": None,
         }
     ]
 
@@ -112,10 +123,53 @@ def test_a_run_that_found_nothing_due_is_debug(capsys: pytest.CaptureFixture[str
     assert (line["event"], line["level"], line["result"]) == ("run.finished", "debug", "nothing_due")
 
 
-@pytest.mark.parametrize("result", ["taken", "skipped", "failed"])
+@pytest.mark.parametrize("result", ["taken", "unchanged", "skipped", "failed"])
 def test_any_other_run_is_logged_when_it_ends(capsys: pytest.CaptureFixture[str], result: str) -> None:
     (line,) = logged(capsys, finished(result))
     assert (line["event"], line["level"], line["result"]) == ("run.finished", "info", result)
+
+
+def test_a_quarantine_is_a_warning_once_and_then_debug(capsys: pytest.CaptureFixture[str]) -> None:
+    first = RunSkipped(pair=PAIR, reason="transient", detail="why", quarantined=True)
+    again = replace(first, again=True)
+    (line,) = logged(capsys, first, again)
+    assert (line["event"], line["level"], line["quarantined"]) == ("run.skipped", "warning", True)
+    assert [line["level"] for line in logged(capsys, first, again, level="debug")] == ["warning", "debug"]
+
+
+@pytest.mark.parametrize(("ok", "level"), [(True, "info"), (False, "warning")])
+def test_a_hook_that_failed_is_a_warning(capsys: pytest.CaptureFixture[str], ok: bool, level: str) -> None:
+    ended = HookFinished(pair=PAIR, hook="before", ok=ok, detail="why", output="a\nb", duration_seconds=1.5)
+    assert logged(capsys, ended) == [
+        {
+            "event": "hook.finished",
+            "level": level,
+            **PAIR_FIELDS,
+            "hook": "before",
+            "ok": ok,
+            "detail": "why",
+            "output": "a\nb",
+            "duration_seconds": 1.5,
+        }
+    ]
+
+
+def test_what_a_run_found_is_for_those_who_debug(capsys: pytest.CaptureFixture[str]) -> None:
+    found = DomainExamined(pair=PAIR, chain_depth={"vda": 2}, free_bytes={"/images": 7})
+    assert logged(capsys, found) == []
+    (line,) = logged(capsys, found, level="debug")
+    assert (line["chain_depth"], line["free_bytes"]) == ({"vda": 2}, {"/images": 7})
+
+
+def test_a_guest_that_somebody_froze_is_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
+    (line,) = logged(capsys, GuestFrozen(pair=PAIR, error="the agent is in frozen state"))
+    assert (line["event"], line["level"]) == ("guest.frozen", "warning")
+
+
+def test_a_slot_that_needed_no_snapshot_names_the_one_that_serves_it(capsys: pytest.CaptureFixture[str]) -> None:
+    (line,) = logged(capsys, SnapshotUnchanged(pair=PAIR, snapshot=NAME, scheduled_at=at("2026-11-22T13:00")))
+    assert (line["event"], line["level"]) == ("snapshot.unchanged", "info")
+    assert (line["snapshot"], line["scheduled_at"]) == (NAME, "2026-11-22T13:00:00+00:00")
 
 
 def test_the_level_holds_back_what_is_less_severe(capsys: pytest.CaptureFixture[str]) -> None:

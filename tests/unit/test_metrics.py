@@ -14,17 +14,22 @@ from prometheus_client import generate_latest
 from kvmsnapd.events import (
     DaemonStopped,
     DeleteFailed,
+    DomainExamined,
     Event,
+    GuestFrozen,
+    HookFinished,
     PruneBlocked,
     RunFinished,
     RunSkipped,
     SnapshotDeleted,
     SnapshotFailed,
     SnapshotTaken,
+    SnapshotUnchanged,
 )
 from kvmsnapd.fleet import Fleet, survey
-from kvmsnapd.metrics import Metrics, Observation
+from kvmsnapd.metrics import Metrics
 from kvmsnapd.model import PairName
+from kvmsnapd.state_series import Observation
 from tests.builders import (
     NOW,
     OTHER_UUID,
@@ -108,6 +113,10 @@ def finished(result: str = "taken", *, blocked: int = 0) -> RunFinished:
     )
 
 
+def refused(reason: str = "disk", *, quarantined: bool = True, again: bool = False) -> RunSkipped:
+    return RunSkipped(pair=PAIR, reason=reason, detail="a sentence", quarantined=quarantined, again=again)
+
+
 def every_event() -> list[Event]:
     return [
         taken(),
@@ -116,6 +125,11 @@ def every_event() -> list[Event]:
         DeleteFailed(pair=PAIR, snapshot=NAME, reason="libvirt", error="a sentence"),
         RunSkipped(pair=PAIR, reason="locked", detail="a sentence"),
         PruneBlocked(pair=PAIR, blocked={"fuse": 11}, detail="a sentence"),
+        SnapshotUnchanged(pair=PAIR, snapshot=NAME, scheduled_at=at("2026-11-22T12:00")),
+        refused(),
+        GuestFrozen(pair=PAIR, error="a sentence"),
+        DomainExamined(pair=PAIR, chain_depth={"vda": 2, "vdb": 1}, free_bytes={"/images": 7}),
+        HookFinished(pair=PAIR, hook="before", ok=False, detail="exit code 1", output="", duration_seconds=1),
     ]
 
 
@@ -131,11 +145,19 @@ def test_a_pair_has_its_series_and_its_limit_before_its_first_success() -> None:
         "next_run_timestamp_seconds",
         "snapshots",
         "snapshots_deleted_total",
+        "snapshots_unchanged_total",
     }
     assert bench.value("max_age_seconds", **LABELS) == 7200
     assert bench.value("expected_interval_seconds", **LABELS) == 3600
     assert bench.value("snapshots", **LABELS) == 0
     assert bench.value("snapshots_deleted_total", **LABELS) == 0
+    assert bench.value("snapshots_unchanged_total", **LABELS) == 0
+
+
+def test_a_snapshot_that_was_seen_unchanged_is_a_success_of_that_time() -> None:
+    bench = Bench(an_inventory(a_snapshot("2026-11-20T11:00", unchanged="2026-11-22T12:00")))
+    assert bench.value("last_success_timestamp_seconds", **LABELS) == at("2026-11-22T12:00").timestamp()
+    assert bench.value("oldest_snapshot_timestamp_seconds", **LABELS) == at("2026-11-20T11:00").timestamp()
 
 
 def test_the_last_success_is_rebuilt_from_libvirt() -> None:
@@ -268,7 +290,103 @@ def test_what_waits_elsewhere_is_left_alone() -> None:
     assert bench.value("prune_blocked", domain="db01", policy="standard", reason="fuse") == 11
 
 
+# What the last run found
+
+
+def test_runs_that_needed_no_snapshot_are_counted() -> None:
+    bench = Bench(an_inventory())
+    bench.feed(*[SnapshotUnchanged(pair=PAIR, snapshot=NAME, scheduled_at=NOW)] * 3)
+    assert bench.value("snapshots_unchanged_total", **LABELS) == 3
+    assert bench.value("snapshot_duration_seconds_count", policy="standard") is None
+
+
+def test_only_a_take_that_froze_the_guest_counts_as_a_freeze() -> None:
+    bench = Bench(an_inventory())
+    bench.feed(taken(consistency="crash"), taken(consistency="memory"), taken(consistency="offline"))
+    assert bench.value("freeze_duration_seconds_count", policy="standard") is None
+    bench.feed(taken())
+    assert bench.value("freeze_duration_seconds_count", policy="standard") == 1
+    assert bench.value("freeze_duration_seconds_sum", policy="standard") == 0.3
+    assert bench.value("snapshot_duration_seconds_count", policy="standard") == 4
+
+
+def test_a_quarantine_is_there_from_its_first_run_with_its_reason_and_changes_with_it() -> None:
+    bench = Bench(an_inventory())
+    bench.feed(refused("disk"), finished("skipped"), refused("disk", again=True), finished("skipped"))
+    assert bench.value("quarantined", **LABELS, reason="disk") == 1
+    assert bench.value("runs_skipped_total", **LABELS, reason="disk") == 2
+    bench.feed(refused("transient"), finished("skipped"))
+    assert bench.value("quarantined", **LABELS, reason="disk") is None
+    assert bench.value("quarantined", **LABELS, reason="transient") == 1
+
+
+@pytest.mark.parametrize("result", ["taken", "unchanged"])
+def test_a_quarantine_ends_with_a_snapshot(result: str) -> None:
+    bench = Bench(an_inventory())
+    bench.feed(refused(), finished("skipped"), finished(result))
+    assert "quarantined" not in bench.series(**LABELS)
+
+
+def test_a_quarantine_ends_where_the_reason_heals() -> None:
+    bench = Bench(an_inventory())
+    bench.feed(refused(), refused("space", quarantined=False))
+    assert "quarantined" not in bench.series(**LABELS)
+
+
+def test_a_quarantine_ends_when_a_snapshot_was_tried_again() -> None:
+    bench = Bench(an_inventory())
+    bench.feed(refused(), finished("skipped"), failed(), finished("failed"))
+    assert "quarantined" not in bench.series(**LABELS)
+
+
+def test_a_guest_that_somebody_froze_is_seen_until_one_of_our_freezes_succeeds() -> None:
+    bench = Bench(an_inventory())
+    bench.feed(GuestFrozen(pair=PAIR, error="a sentence"), taken(consistency="crash"), finished())
+    assert bench.value("guest_frozen", domain="web1") == 1
+    bench.feed(taken())
+    assert bench.value("guest_frozen", domain="web1") == 0
+
+
+def test_a_guest_that_was_shut_off_is_not_frozen_any_more() -> None:
+    bench = Bench(an_inventory())
+    bench.feed(GuestFrozen(pair=PAIR, error="a sentence"), taken(consistency="offline"), finished())
+    assert bench.value("guest_frozen", domain="web1") == 0
+
+
+def test_the_depth_of_each_chain_is_that_of_the_last_run_and_gone_disks_go() -> None:
+    bench = Bench(an_inventory())
+    bench.feed(DomainExamined(pair=PAIR, chain_depth={"vda": 2, "vdb": 1}, free_bytes={}))
+    bench.feed(DomainExamined(pair=PAIR, chain_depth={"vda": 3}, free_bytes={}))
+    assert bench.value("backing_chain_depth", domain="web1", target="vda") == 3
+    assert bench.value("backing_chain_depth", domain="web1", target="vdb") is None
+
+
+def test_free_space_is_told_by_folder_and_what_cannot_be_told_stays_as_it_was() -> None:
+    bench = Bench(an_inventory())
+    bench.feed(DomainExamined(pair=PAIR, chain_depth={}, free_bytes={"/a": 10, "/b": 20}))
+    bench.feed(DomainExamined(pair=PAIR, chain_depth={}, free_bytes={"/a": 5}))
+    assert bench.value("storage_free_bytes", storage="/a") == 5
+    assert bench.value("storage_free_bytes", storage="/b") == 20
+
+
+def test_the_space_of_a_folder_that_no_domain_uses_any_more_goes() -> None:
+    bench = Bench(an_inventory())
+    bench.feed(DomainExamined(pair=PAIR, chain_depth={}, free_bytes={"/a": 10}))
+    bench.metrics.keep_only([])
+    assert bench.value("storage_free_bytes", storage="/a") is None
+
+
 # The end of a pair
+
+
+def test_when_one_policy_of_a_domain_goes_what_is_known_of_the_domain_stays() -> None:
+    bench = Bench(an_inventory())
+    bench.metrics.keep_only([("web1", "standard"), ("web1", "other")])
+    bench.feed(*every_event())
+    bench.metrics.keep_only([("web1", "other")])
+    assert bench.value("backing_chain_depth", domain="web1", target="vda") == 2
+    assert bench.value("guest_frozen", domain="web1") == 1
+    assert "quarantined" not in bench.series(**LABELS)
 
 
 def test_when_a_pair_goes_all_its_series_go() -> None:

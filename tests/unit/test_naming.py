@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from kvmsnapd.errors import InvalidValueError
-from kvmsnapd.model import Consistency, Hold, Kind, Mark
+from kvmsnapd.model import Consistency, Hold, Kind, Mark, Unchanged
 from kvmsnapd.naming import check_policy_name, format_description, format_name, parse_mark, parse_name
 from tests.builders import NOW, at
 
@@ -67,6 +67,50 @@ def test_a_hold_is_written_with_reason_and_end() -> None:
     assert "\n" not in description
     assert json.loads(description)["hold"] == {"reason": "before\nthe upgrade", "until": "2026-12-01T00:00:00Z"}
     assert parse_mark(NAME, description) == held
+
+
+def test_disks_left_out_and_a_later_slot_are_written_and_read_back() -> None:
+    seen = Unchanged(at("2026-11-23T09:00"), at("2026-11-23T09:00:07"))
+    mark = replace(MARK, excluded=("vdb", "sdc"), unchanged=seen)
+    fields = json.loads(format_description(mark))
+    assert fields["excluded"] == ["vdb", "sdc"]
+    assert fields["unchanged"] == {"scheduled": "2026-11-23T09:00:00Z", "seen": "2026-11-23T09:00:07Z"}
+    assert parse_mark(NAME, format_description(mark)) == mark
+
+
+def test_a_description_that_was_written_before_there_was_either_has_neither() -> None:
+    older = (
+        '{"kvmsnapd": 1, "policy": "standard", "scheduled": "2026-11-22T09:00:00Z", '
+        '"taken": "2026-11-22T09:00:03Z", "consistency": "crash", "kind": "external"}'
+    )
+    assert parse_mark(NAME, older) == MARK
+
+
+@pytest.mark.parametrize(
+    "unchanged",
+    [7, "2026-11-23T09:00:00Z", ["a"], {"scheduled": "2026-11-23T09:00:00Z"}, {"scheduled": "soon", "seen": "soon"}],
+)
+def test_a_later_slot_that_cannot_be_read_makes_it_foreign(unchanged: object) -> None:
+    fields = json.loads(format_description(MARK)) | {"unchanged": unchanged}
+    assert parse_mark(NAME, json.dumps(fields)) is None
+
+
+def test_a_later_slot_without_a_time_zone_makes_it_foreign() -> None:
+    seen = {"scheduled": "2026-11-23T09:00:00", "seen": "2026-11-23T09:00:07Z"}
+    assert parse_mark(NAME, json.dumps(json.loads(format_description(MARK)) | {"unchanged": seen})) is None
+
+
+def test_a_snapshot_is_good_until_it_was_last_seen_unchanged() -> None:
+    seen = replace(MARK, unchanged=Unchanged(at("2026-11-22T10:00"), at("2026-11-22T10:00:07")))
+    assert MARK.good_at(NOW) == at("2026-11-22T09:00:03")
+    assert seen.good_at(NOW) == at("2026-11-22T10:00:07")
+    assert seen.slots == (at("2026-11-22T09:00"), at("2026-11-22T10:00"))
+
+
+def test_what_was_seen_in_the_future_or_before_it_was_taken_is_not_believed() -> None:
+    for seen_at in (at("2031-01-01T00:00"), at("2026-11-21T00:00")):
+        mark = replace(MARK, unchanged=Unchanged(at("2026-11-22T10:00"), seen_at))
+        assert mark.good_at(NOW) == at("2026-11-22T09:00:03")
 
 
 def test_our_name_without_our_description_is_foreign() -> None:

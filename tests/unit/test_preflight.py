@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 import pytest
 
-from kvmsnapd.model import Capabilities, Consistency, Disk, Domain, DomainState, Kind, Snapshot, TakeRequest
-from kvmsnapd.policy import ConsistencyRule, Policy
-from kvmsnapd.preflight import Refusal, RefusalReason, chain_depth, overlay_path, plan_take
+from kvmsnapd.model import Capabilities, Consistency, Domain, DomainState, Kind, Snapshot, Storage, TakeRequest
+from kvmsnapd.policy import ConsistencyRule, DiskSelection, Policy
+from kvmsnapd.preflight import chain_depth, chain_depths, plan_take
+from kvmsnapd.refusal import Refusal, RefusalReason
 from tests.builders import (
     ANY_LIBVIRT,
     NOW,
@@ -24,31 +27,40 @@ from tests.builders import (
 SLOT = at("2026-11-22T12:00")
 NAME = "kvmsnapd-standard-20261122T120000Z"
 INTERNAL = a_policy(kind=Kind.INTERNAL)
-TEST_DRIVER = Capabilities("test", "9.0.0", external_snapshots=False, internal_needs_qcow2=False)
+TEST_DRIVER = Capabilities(
+    "test", "9.0.0", external_snapshots=False, internal_needs_qcow2=False, internal_stops_guest=False, storage_api=False
+)
 
 
 def answer(
     domain: Domain,
     policy: Policy | None = None,
     capabilities: Capabilities = ANY_LIBVIRT,
-    *,
-    attempt: int = 1,
+    **options: Any,  # noqa: ANN401  # whatever the function takes
 ) -> TakeRequest | Refusal:
-    return plan_take(domain, policy or a_policy(), capabilities, slot=SLOT, now=NOW, attempt=attempt)
+    return plan_take(domain, policy or a_policy(), capabilities, slot=SLOT, now=NOW, **options)
 
 
 def request(
-    domain: Domain, policy: Policy | None = None, capabilities: Capabilities = ANY_LIBVIRT, *, attempt: int = 1
+    domain: Domain,
+    policy: Policy | None = None,
+    capabilities: Capabilities = ANY_LIBVIRT,
+    **options: Any,  # noqa: ANN401
 ) -> TakeRequest:
     """Return the request, or fail with the refusal."""
-    found = answer(domain, policy, capabilities, attempt=attempt)
+    found = answer(domain, policy, capabilities, **options)
     assert isinstance(found, TakeRequest), found
     return found
 
 
-def refusal(domain: Domain, policy: Policy | None = None, capabilities: Capabilities = ANY_LIBVIRT) -> Refusal:
+def refusal(
+    domain: Domain,
+    policy: Policy | None = None,
+    capabilities: Capabilities = ANY_LIBVIRT,
+    **options: Any,  # noqa: ANN401
+) -> Refusal:
     """Return the refusal, or fail with the request."""
-    found = answer(domain, policy, capabilities)
+    found = answer(domain, policy, capabilities, **options)
     assert isinstance(found, Refusal), found
     return found
 
@@ -116,20 +128,6 @@ def test_a_mixed_snapshot_is_not_told_to_set_a_kind_that_does_not_exist() -> Non
     assert "set kind: mixed" not in refusal(a_domain(a_foreign_snapshot(kind=Kind.MIXED))).detail
 
 
-def test_a_domain_without_a_writable_disk_is_refused() -> None:
-    media = (a_disk("sda", device="cdrom", readonly=True), a_disk("fda", device="floppy"), a_disk("vdb", readonly=True))
-    assert refusal(a_domain(disks=media)) == Refusal(
-        RefusalReason.DISK, "the domain has no writable disk, so there is nothing to snapshot"
-    )
-
-
-def test_a_driver_without_external_snapshots_is_refused_with_the_setting_that_helps() -> None:
-    assert refusal(a_domain(), a_policy(), TEST_DRIVER) == Refusal(
-        RefusalReason.UNSUPPORTED,
-        "libvirt's test driver has no external snapshots; set kind: internal in the policy",
-    )
-
-
 def test_a_full_chain_is_refused() -> None:
     domain = a_domain(*hourly_snapshots(4), disks=(a_disk(backing=layers(4)),))
     assert refusal(domain, a_policy(max_chain_depth=4)) == Refusal(
@@ -164,69 +162,6 @@ def test_internal_snapshots_do_not_deepen_the_chain() -> None:
 
 def test_internal_snapshots_have_no_chain_limit() -> None:
     request(a_domain(*hourly_snapshots(20, kind=Kind.INTERNAL)), INTERNAL)
-
-
-@pytest.mark.parametrize(
-    ("disk", "fault"),
-    [
-        (a_disk("vdb", transient=True), "vdb is transient"),
-        (a_disk("vdb", shareable=True), "vdb is shared with other domains"),
-        (a_disk("vdb", source_type="block", path="/dev/vg/lv"), "vdb is of type block, not a file"),
-        (a_disk("vdb", source_type="network", path=None), "vdb is of type network, not a file"),
-        (a_disk("vdb", source_type="volume", path=None), "vdb is of type volume, not a file"),
-    ],
-)
-def test_a_disk_that_no_overlay_can_cover_is_refused(disk: Disk, fault: str) -> None:
-    assert refusal(a_domain(disks=(a_disk(), disk))) == Refusal(
-        RefusalReason.DISK, f"{fault}; no external snapshot can hold it"
-    )
-
-
-def test_all_unfit_disks_are_named_at_once() -> None:
-    disks = (a_disk("vda", transient=True), a_disk("vdb", shareable=True))
-    assert refusal(a_domain(disks=disks)).detail.startswith("vda is transient; vdb is shared with other domains")
-
-
-def test_an_unfit_cdrom_does_not_matter() -> None:
-    disks = (a_disk(), a_disk("sda", device="cdrom", source_type="network", path=None, readonly=True))
-    request(a_domain(disks=disks))
-
-
-def test_an_external_snapshot_holds_a_raw_disk() -> None:
-    request(a_domain(disks=(a_disk(format="raw"),)))
-
-
-def test_an_internal_snapshot_needs_qcow2() -> None:
-    assert refusal(a_domain(disks=(a_disk(), a_disk("vdb", format="raw"))), INTERNAL) == Refusal(
-        RefusalReason.DISK, "vdb has format raw, not qcow2; no internal snapshot can hold it"
-    )
-
-
-def test_an_internal_snapshot_of_a_transient_disk_is_refused() -> None:
-    assert refusal(a_domain(disks=(a_disk(transient=True),)), INTERNAL).reason is RefusalReason.DISK
-
-
-def test_the_test_driver_needs_no_qcow2() -> None:
-    request(a_domain(disks=(a_disk(format="raw"),)), INTERNAL, TEST_DRIVER)
-
-
-def test_an_internal_snapshot_of_a_running_domain_with_uefi_is_refused() -> None:
-    assert refusal(a_domain(pflash=True), INTERNAL) == Refusal(
-        RefusalReason.UNSUPPORTED,
-        "libvirt 11.3.0 takes no internal snapshot of a running domain with UEFI firmware; set kind: external in the "
-        "policy",
-    )
-
-
-def test_an_internal_snapshot_of_a_shut_off_domain_with_uefi_depends_on_libvirt() -> None:
-    domain = a_domain(pflash=True, state=DomainState.SHUT_OFF)
-    old = Capabilities("qemu", "9.0.0", internal_with_pflash_offline=False)
-    assert refusal(domain, INTERNAL, old).reason is RefusalReason.UNSUPPORTED
-    request(domain, INTERNAL)
-
-
-def test_an_external_snapshot_of_a_domain_with_uefi_is_fine() -> None:
-    request(a_domain(pflash=True))
 
 
 @pytest.mark.parametrize(
@@ -324,12 +259,13 @@ def test_a_request_is_complete() -> None:
     assert found.excluded == ("sda", "fda", "vdc")
     assert (found.mark.policy, found.mark.scheduled_at, found.mark.taken_at) == ("standard", SLOT, NOW)
     assert (found.mark.kind, found.mark.attempt, found.mark.hold) == (Kind.EXTERNAL, 1, None)
+    assert (found.mark.excluded, found.memory_file) == ((), None)
 
 
-def test_an_internal_request_names_no_files_and_leaves_floppies_out() -> None:
-    disks = (a_disk(), a_disk("fda", device="floppy"), a_disk("sda", device="cdrom", readonly=True))
-    found = request(a_domain(disks=disks), INTERNAL)
-    assert (found.overlays, found.excluded) == ((), ("fda",))
+def test_an_internal_request_names_no_files() -> None:
+    disks = (a_disk(), a_disk("sda", device="cdrom", readonly=True))
+    found = request(a_domain(disks=disks, memory_bytes=2**30), INTERNAL)
+    assert (found.overlays, found.excluded, found.memory_file) == ((), (), None)
 
 
 def test_a_later_attempt_has_a_name_of_its_own() -> None:
@@ -343,45 +279,230 @@ def test_a_name_that_a_foreign_snapshot_has_is_not_used_again() -> None:
     assert (found.name, found.mark.attempt) == (f"{NAME}-3", 3)
 
 
-def test_an_overlay_lies_beside_the_layer_it_covers() -> None:
-    path = overlay_path(a_domain(name="web1"), a_disk(path="/pool/a.b/web1.vda.older.qcow2"), "newer")
-    assert path == "/pool/a.b/web1.vda.newer.qcow2"
-
-
-def test_two_disks_with_one_stem_get_different_overlays() -> None:
-    a, b = a_disk("vda", path="/images/web1.img"), a_disk("vdb", path="/images/web1.qcow2")
-    assert overlay_path(a_domain(name="web1"), a, NAME) != overlay_path(a_domain(name="web1"), b, NAME)
-
-
-def test_characters_that_do_not_belong_in_file_names_become_underscores() -> None:
-    assert overlay_path(a_domain(name="a b/c:ä", uuid="12345678-0"), a_disk(path="/images/x"), "s") == (
-        "/images/a_b_c__-12345678.vda.s.qcow2"
-    )
-
-
-def test_a_long_domain_name_still_gives_a_file_name_the_file_system_takes() -> None:
-    path = overlay_path(a_domain(name="x" * 300), a_disk(), "kvmsnapd-" + "p" * 32 + "-20261122T120000Z-99")
-    assert len(path.rsplit("/", 1)[1]) <= 255
-
-
-@pytest.mark.parametrize(("one", "other"), [("web 1", "web_1"), ("x" * 100 + "a", "x" * 100 + "b")])
-def test_two_domains_in_one_folder_get_different_overlays(one: str, other: str) -> None:
-    domains = a_domain(name=one, uuid="1111"), a_domain(name=other, uuid="2222")
-    assert overlay_path(domains[0], a_disk(), NAME) != overlay_path(domains[1], a_disk(), NAME)
-
-
 def test_a_transient_domain_is_refused() -> None:
     assert refusal(a_domain(persistent=False)).reason is RefusalReason.TRANSIENT
 
 
-def test_a_disk_its_owner_left_out_takes_no_part_in_an_external_snapshot() -> None:
-    disks = (a_disk("vda"), a_disk("vdb", left_out=True))
-    asked = request(a_domain(disks=disks))
-    assert [target for target, _ in asked.overlays] == ["vda"]
-    assert asked.excluded == ("vdb",)
+# RAM
 
 
-def test_a_disk_its_owner_left_out_makes_an_internal_snapshot_impossible() -> None:
-    found = refusal(a_domain(disks=(a_disk("vda"), a_disk("vdb", left_out=True))), INTERNAL)
-    assert found.reason is RefusalReason.DISK
-    assert "vdb is left out by snapshot='no'" in found.detail
+LIVE = a_policy(memory_live=True, consistency=ConsistencyRule.MEMORY)
+
+
+@pytest.mark.parametrize("agent", [True, False])
+@pytest.mark.parametrize("state", [_RUNNING, _PAUSED])
+def test_a_live_snapshot_holds_the_memory_of_a_guest_that_is_up_and_never_asks_the_agent(
+    state: DomainState, agent: bool
+) -> None:
+    policy = a_policy(memory_live=True, max_pause=timedelta(seconds=2))
+    found = request(a_domain(state=state, agent_connected=agent), policy)
+    assert (found.mark.consistency, found.quiesce) == (Consistency.MEMORY, False)
+    assert (found.memory_file, found.max_pause_seconds) == (f"/images/web1.{NAME}.mem", 2)
+
+
+def test_a_live_snapshot_of_a_shut_off_domain_has_no_memory_to_save() -> None:
+    found = request(a_domain(state=_OFF), LIVE)
+    assert (found.mark.consistency, found.memory_file) == (Consistency.OFFLINE, None)
+
+
+def test_the_memory_lies_with_the_overlay_of_the_first_disk_that_is_covered() -> None:
+    disks = (
+        a_disk("sda", device="cdrom", readonly=True, path="/iso/a.iso"),
+        a_disk("vda", path="/slow/a.qcow2"),
+        a_disk("vdb", path="/fast/b.qcow2"),
+    )
+    excluding = replace(LIVE, disks=DiskSelection(exclude=("vda",)))
+    assert request(a_domain(disks=disks), LIVE).memory_file == f"/slow/web1.{NAME}.mem"
+    assert request(a_domain(disks=disks), excluding).memory_file == f"/fast/web1.{NAME}.mem"
+
+
+# How long a guest may stand still
+
+PAUSES = a_policy(kind=Kind.INTERNAL, max_pause=timedelta(seconds=10))
+LARGE = 2_500_000_001
+"""Bytes of RAM that take just more than 10 s to save."""
+
+
+def test_an_internal_snapshot_that_would_stop_the_guest_for_too_long_is_refused() -> None:
+    assert refusal(a_domain(memory_bytes=16 * 2**30), PAUSES) == Refusal(
+        RefusalReason.PAUSE,
+        "saving 16.0 GiB of RAM may stop the guest for about 69 s and max_pause is 10s; raise it, set kind: external, "
+        "or shut the guest off",
+    )
+
+
+def test_just_as_long_as_it_may_is_not_too_long() -> None:
+    request(a_domain(memory_bytes=LARGE - 1), PAUSES)
+    assert refusal(a_domain(memory_bytes=LARGE), PAUSES).reason is RefusalReason.PAUSE
+
+
+@pytest.mark.parametrize("state", [_PAUSED, _OFF])
+def test_a_guest_that_stands_still_anyway_is_not_stopped(state: DomainState) -> None:
+    request(a_domain(memory_bytes=LARGE, state=state), PAUSES)
+
+
+def test_a_snapshot_without_ram_or_with_a_running_guest_stops_nobody_for_long() -> None:
+    for policy in (a_policy(), LIVE):
+        request(a_domain(memory_bytes=2**40), replace(policy, max_pause=timedelta(seconds=1)))
+
+
+def test_the_test_driver_stops_nobody() -> None:
+    request(a_domain(memory_bytes=2**40), PAUSES, TEST_DRIVER)
+
+
+# Free space
+
+GIB = 2**30
+
+
+def free(**folders: int) -> Storage:
+    return Storage({f"/{folder}": count for folder, count in folders.items()})
+
+
+def test_less_free_space_than_the_policy_wants_is_refused() -> None:
+    policy = a_policy(min_free_bytes=GIB)
+    assert refusal(a_domain(), policy, storage=free(images=500 * 2**20)) == Refusal(
+        RefusalReason.SPACE,
+        "/images has 500 MiB free and 1.0 GiB are needed (min_free); nothing was changed, free some space and it is "
+        "tried again",
+    )
+
+
+def test_just_as_much_as_the_policy_wants_is_enough() -> None:
+    policy = a_policy(min_free_bytes=GIB)
+    request(a_domain(), policy, storage=free(images=GIB))
+    assert refusal(a_domain(), policy, storage=free(images=GIB - 1)).reason is RefusalReason.SPACE
+
+
+def test_space_that_nobody_can_tell_refuses_nothing() -> None:
+    policy = a_policy(min_free_bytes=GIB)
+    for storage in (None, Storage(), free(elsewhere=0)):
+        request(a_domain(), policy, storage=storage)
+
+
+def test_every_folder_needs_its_space_and_those_of_excluded_disks_do_not() -> None:
+    disks = (a_disk("vda"), a_disk("vdb", path="/data/b.qcow2"))
+    policy = a_policy(min_free_bytes=GIB)
+    full = free(images=2 * GIB, data=0)
+    assert refusal(a_domain(disks=disks), policy, storage=full).detail.startswith("/data has 0 MiB free")
+    request(a_domain(disks=disks), replace(policy, disks=DiskSelection(exclude=("vdb",))), storage=full)
+
+
+def test_an_internal_snapshot_needs_space_as_well() -> None:
+    policy = replace(INTERNAL, min_free_bytes=GIB)
+    assert refusal(a_domain(), policy, storage=free(images=0)).reason is RefusalReason.SPACE
+
+
+def test_with_an_overlay_directory_its_space_counts_alone() -> None:
+    policy = a_policy(min_free_bytes=GIB, overlay_directory="/overlays/")
+    request(a_domain(), policy, storage=free(images=0, overlays=GIB))
+    assert refusal(a_domain(), policy, storage=free(images=GIB, overlays=0)).detail.startswith("/overlays has")
+
+
+@pytest.mark.parametrize("policy", [LIVE, INTERNAL], ids=["live", "internal"])
+def test_the_ram_to_be_saved_comes_on_top_in_the_first_folder(policy: Policy) -> None:
+    disks = (a_disk("vda"), a_disk("vdb", path="/data/b.qcow2"))
+    domain = a_domain(disks=disks, memory_bytes=2 * GIB)
+    wanting = replace(policy, min_free_bytes=GIB)
+    request(domain, wanting, storage=free(images=int(3.3 * GIB), data=GIB))
+    assert refusal(domain, wanting, storage=free(images=3 * GIB, data=GIB)).detail.startswith(
+        "/images has 3.0 GiB free and 3.2 GiB are needed (min_free and 2.2 GiB for the guest's RAM)"
+    )
+    assert refusal(domain, wanting, storage=free(images=9 * GIB, data=GIB - 1)).detail.endswith(
+        "are needed (min_free); nothing was changed, free some space and it is tried again"
+    )
+
+
+def test_a_guest_whose_ram_is_not_saved_needs_none_for_it() -> None:
+    policy = a_policy(min_free_bytes=GIB)
+    request(a_domain(memory_bytes=64 * GIB), policy, storage=free(images=GIB))
+    request(a_domain(memory_bytes=64 * GIB, state=_OFF), replace(LIVE, min_free_bytes=GIB), storage=free(images=GIB))
+
+
+# The budget of a chain that several policies share
+
+
+def test_policies_that_may_keep_more_than_a_chain_holds_are_refused() -> None:
+    hourly, daily = a_policy("hourly", keep="last=10"), a_policy("daily", keep="last=6", max_chain_depth=20)
+    for policy in (hourly, daily):
+        assert refusal(a_domain(), policy, policies=(hourly, daily)) == Refusal(
+            RefusalReason.CHAIN_BUDGET,
+            "the policies may keep 10 (hourly) + 6 (daily) snapshots, and one more is there while a new one is taken, "
+            "but a backing chain may be only 16 deep (max_chain_depth); keep fewer, or set kind: internal",
+        )
+
+
+def test_policies_that_fit_with_the_one_that_is_taken_are_not_refused() -> None:
+    hourly, daily = a_policy("hourly", keep="last=10"), a_policy("daily", keep="last=5")
+    request(a_domain(), hourly, policies=(hourly, daily))
+
+
+def test_a_policy_alone_may_be_too_much() -> None:
+    request(a_domain(), a_policy(keep="last=15"))
+    assert refusal(a_domain(), a_policy(keep="last=16")).reason is RefusalReason.CHAIN_BUDGET
+    assert "no limit (standard)" in refusal(a_domain(), a_policy(keep="yearly=all")).detail
+
+
+def test_what_this_libvirt_starts_limits_the_budget() -> None:
+    policy = a_policy(keep="last=30", max_chain_depth=100)
+    request(a_domain(), policy)
+    found = refusal(a_domain(), policy, Capabilities("qemu", "11.3.0", chain_ceiling=24))
+    assert (found.reason, "24 deep (the limit of this libvirt)" in found.detail) == (RefusalReason.CHAIN_BUDGET, True)
+
+
+def test_a_rule_of_time_counts_with_the_shortest_interval() -> None:
+    request(a_domain(), a_policy(keep="within=15h"))
+    assert refusal(a_domain(), a_policy(keep="within=16h")).reason is RefusalReason.CHAIN_BUDGET
+
+
+def test_internal_snapshots_have_no_budget() -> None:
+    request(a_domain(), a_policy(kind=Kind.INTERNAL, keep="yearly=all"))
+
+
+# The order, and which refusals heal
+
+
+def test_what_no_time_heals_is_told_before_what_it_does() -> None:
+    """A quarantine that came and went with the free space would be told again and again."""
+    starved = {"storage": free(images=0)}
+    unfit = a_domain(disks=(a_disk(shareable=True),), agent_connected=False)
+    strict = a_policy(consistency=ConsistencyRule.FILESYSTEM, min_free_bytes=GIB)
+    order = [
+        refusal(replace(unfit, managed_save=True), replace(strict, keep=a_policy(keep="last=99").keep), **starved),
+        refusal(unfit, replace(strict, keep=a_policy(keep="last=99").keep), **starved),
+        refusal(unfit, strict, **starved),
+        refusal(a_domain(agent_connected=False), strict, **starved),
+        refusal(a_domain(memory_bytes=LARGE), replace(PAUSES, min_free_bytes=GIB), **starved),
+        refusal(a_domain(disks=(a_disk(backing=layers(16)),)), a_policy(min_free_bytes=GIB), **starved),
+        refusal(a_domain(disks=(a_disk(backing=layers(16)),))),
+    ]
+    assert [found.reason for found in order] == [
+        RefusalReason.MANAGED_SAVE,
+        RefusalReason.CHAIN_BUDGET,
+        RefusalReason.DISK,
+        RefusalReason.AGENT,
+        RefusalReason.PAUSE,
+        RefusalReason.SPACE,
+        RefusalReason.CHAIN_FULL,
+    ]
+
+
+def test_only_what_a_person_has_to_change_does_not_heal() -> None:
+    assert {reason for reason in RefusalReason if not reason.heals} == {
+        RefusalReason.TRANSIENT,
+        RefusalReason.MIXED_KINDS,
+        RefusalReason.UNSUPPORTED,
+        RefusalReason.DISK,
+        RefusalReason.CHAIN_BUDGET,
+        RefusalReason.PAUSE,
+    }
+
+
+# How deep a chain is
+
+
+def test_each_disk_has_a_chain_of_its_own() -> None:
+    one, two = hourly_snapshots(2)
+    overlaid = (replace(one, overlays=(("vda", "/a"), ("vdb", "/b"))), replace(two, overlays=(("vda", "/c"),)))
+    disks = (a_disk("vda"), a_disk("vdb", backing=layers(4)), a_disk("sda", device="cdrom", readonly=True))
+    assert chain_depths(a_domain(*overlaid, disks=disks)) == {"vda": 2, "vdb": 4}

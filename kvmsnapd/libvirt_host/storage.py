@@ -1,0 +1,204 @@
+"""Image files by way of libvirt's storage API: free space, times, overlays made and files removed. None is opened here.
+
+So the daemon needs no rights on images and cannot race libvirt for them. Source of all that is said about libvirt here:
+measured with 9.0 and 11.3.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import threading
+import xml.etree.ElementTree as ET
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import libvirt
+
+from kvmsnapd.errors import HypervisorError
+from kvmsnapd.libvirt_host.translate import broken_connection, translated_errors
+from kvmsnapd.model import Layer
+
+if TYPE_CHECKING:
+    from kvmsnapd.libvirt_host.connection import Connection
+
+_OURS = "kvmsnapd-"
+_DEEPEST = 200
+"""libvirt itself gives up on a chain of this depth."""
+
+
+class StoragePools:
+    """Finds the pool of a folder, or makes a transient one. Thread-safe."""
+
+    def __init__(self, connection: Connection) -> None:
+        """Work through this connection, which must be one that may write."""
+        self._connection = connection
+        self._local = urlsplit(connection.uri).netloc == ""
+        self._made: set[str] = set()
+        self._lock = threading.Lock()
+
+    def free_bytes(self, folder: str) -> int | None:
+        """Return what is free in a folder for others than root, freshly read; None if that cannot be known.
+
+        A storage pool counts what is reserved for root as free, which on ext4 is 5 % of the disk and of no use to a
+        QEMU that runs as another user. So on this host the file system is asked; no image is touched by that.
+        """
+        if self._local:
+            try:
+                seen = os.statvfs(folder)
+            except OSError:
+                pass  # not there, or not ours to look at: libvirt may know
+            else:
+                return seen.f_bavail * seen.f_frsize
+        pool = self._pool(folder)
+        if pool is None:
+            return None
+        _refresh(pool)
+        with translated_errors("storage_info"):
+            return int(pool.info()[3])
+
+    def chain(self, path: str) -> list[Layer]:
+        """Return the file and the layers below it, as far as they are in folders that have a pool."""
+        layers: list[Layer] = []
+        at: str | None = path
+        while at and len(layers) < _DEEPEST:
+            layer = self.layer(at)
+            if layer is None:
+                break
+            layers.append(layer)
+            at = layer.backing
+        return layers
+
+    def layer(self, path: str) -> Layer | None:
+        """Return what libvirt says of one file; None if it is in no pool, or not there."""
+        volume = self._volume(path)
+        if volume is None:
+            return None
+        try:  # its XML is made anew each time; that of its pool is not
+            return _parse_volume(volume.XMLDesc(0))
+        except libvirt.libvirtError:  # deleted since it was looked up
+            return None
+
+    def files(self, folder: str) -> list[Layer]:
+        """Return all files of a folder that libvirt can make out as volumes."""
+        pool = self._pool(folder)
+        if pool is None:
+            return []
+        _refresh(pool)
+        found = []
+        with translated_errors("list_volumes"):
+            volumes = pool.listAllVolumes(0)
+        for volume in volumes:
+            with contextlib.suppress(libvirt.libvirtError):
+                found.append(_parse_volume(volume.XMLDesc(0)))
+        return found
+
+    def create_overlay(self, path: str, *, below: str, below_format: str) -> bool:
+        """Make an empty qcow2 file for its owner alone, with ``below`` as backing file; False if there is no pool.
+
+        Raises:
+            SnapshotExistsError: there is a file of this name.
+            StorageFullError: no space; nothing is left.
+        """
+        folder, _, name = path.rpartition("/")
+        pool = self._pool(folder)
+        if pool is None:
+            return False
+        root = ET.Element("volume")
+        ET.SubElement(root, "name").text = name
+        ET.SubElement(root, "capacity").text = "0"  # that of the backing file
+        target = ET.SubElement(root, "target")
+        ET.SubElement(target, "format", type="qcow2")
+        ET.SubElement(target, "compat").text = "1.1"  # libvirt 9.0 would make it 0.10 here, and nowhere else
+        ET.SubElement(ET.SubElement(target, "permissions"), "mode").text = "0600"
+        backing = ET.SubElement(root, "backingStore")
+        ET.SubElement(backing, "path").text = below
+        ET.SubElement(backing, "format", type=below_format)
+        with translated_errors("overlay_create"):
+            pool.createXML(ET.tostring(root, encoding="unicode"), 0)
+        return True
+
+    def remove(self, path: str) -> None:
+        """Delete one file; deleting one that is gone is success. The caller knows that nobody uses it."""
+        volume = self._volume(path)
+        if volume is not None:
+            with translated_errors("file_delete"):
+                volume.delete(0)
+
+    def close(self) -> None:
+        """Forget the pools that were made here; their files stay."""
+        with self._lock:
+            made, self._made = self._made, set()
+        for folder in made:
+            with contextlib.suppress(libvirt.libvirtError, HypervisorError):
+                self._connection.get().storagePoolLookupByTargetPath(folder).destroy()
+
+    def _volume(self, path: str) -> Any | None:  # noqa: ANN401
+        """Look a file up; one that was made by others is known to its pool only after a refresh."""
+        pool = self._pool(path.rpartition("/")[0])
+        if pool is None:
+            return None
+        for attempt in (1, 2):
+            try:
+                return self._connection.get().storageVolLookupByPath(path)
+            except libvirt.libvirtError as error:
+                if broken_connection(error):
+                    with translated_errors("volume_lookup"):
+                        raise
+                if error.get_error_code() != libvirt.VIR_ERR_NO_STORAGE_VOL:
+                    return None
+            if attempt == 1:
+                _refresh(pool)
+        return None
+
+    def _pool(self, folder: str) -> Any | None:  # noqa: ANN401
+        """Return the folder's pool; None if there is none and none can be made."""
+        if not folder.startswith("/") or folder.startswith("/dev/") or folder == "/dev":
+            return None
+        connection = self._connection.get()
+        with self._lock:  # two pools of one folder are refused
+            try:
+                return connection.storagePoolLookupByTargetPath(folder)
+            except libvirt.libvirtError as error:
+                if broken_connection(error):
+                    with translated_errors("pool_lookup"):
+                        raise
+                if error.get_error_code() != libvirt.VIR_ERR_NO_STORAGE_POOL:
+                    return None  # a libvirt without the storage driver, for one
+            return self._make_pool(connection, folder)
+
+    def _make_pool(self, connection: Any, folder: str) -> Any | None:  # noqa: ANN401
+        root = ET.Element("pool", type="dir")
+        ET.SubElement(root, "name").text = _OURS + hashlib.sha256(folder.encode()).hexdigest()[:12]
+        ET.SubElement(ET.SubElement(root, "target"), "path").text = folder
+        try:
+            pool = connection.storagePoolCreateXML(ET.tostring(root, encoding="unicode"), 0)
+        except libvirt.libvirtError as error:
+            if broken_connection(error):
+                with translated_errors("pool_create"):
+                    raise
+            return None
+        self._made.add(folder)
+        return pool
+
+
+def _refresh(pool: Any) -> None:  # noqa: ANN401
+    """Read a pool anew, which is refused while somebody copies a volume in it: then its figures stay older."""
+    try:
+        pool.refresh(0)
+    except libvirt.libvirtError:
+        with contextlib.suppress(libvirt.libvirtError):
+            if not pool.isActive():  # a refresh that failed has ended it; that must not be our doing
+                pool.create(0)
+
+
+def _parse_volume(text: str) -> Layer:
+    root = ET.fromstring(text)  # noqa: S314  # from libvirt, which wrote it itself
+    changed = root.findtext("target/timestamps/mtime")
+    return Layer(
+        path=root.findtext("target/path") or root.findtext("key") or "",
+        changed_at=datetime.fromtimestamp(float(changed), UTC) if changed else None,
+        backing=root.findtext("backingStore/path"),
+    )

@@ -1,0 +1,140 @@
+"""Delete what a plan releases: one snapshot a call, each looked at just before and just after."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING
+
+from kvmsnapd.errors import HypervisorError
+from kvmsnapd.events import DeleteFailed, PruneBlocked, SnapshotDeleted
+from kvmsnapd.model import DomainState, Kind
+from kvmsnapd.plan import due_for, judge
+from kvmsnapd.prune import Blocked, BlockReason, check_deleted, find_obstacle, newest_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from datetime import datetime
+
+    from kvmsnapd.events import Publish
+    from kvmsnapd.fleet import Pair
+    from kvmsnapd.gates import StorageGates
+    from kvmsnapd.hypervisor import Hypervisor
+    from kvmsnapd.model import Domain
+    from kvmsnapd.prune import Delete
+    from kvmsnapd.state_files import FreezeIntents
+
+
+@dataclass
+class Pruner:
+    """Carries out deletes; errors of the hypervisor become events. Safe to call from several threads."""
+
+    hypervisor: Hypervisor
+    intents: FreezeIntents
+    gates: StorageGates
+    publish: Publish
+    clock: Callable[[], datetime]
+    stopwatch: Callable[[], float]
+    # Per pair, the snapshot that libvirt failed to delete the last time.
+    _unwilling: dict[str, str] = field(default_factory=dict)
+    # Domains that a delete left in another state than it should have: nothing more is deleted there by this process.
+    _distrusted: set[str] = field(default_factory=set)
+    # Per pair, what had to wait in the run before.
+    _reported: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    def unwilling(self, pair: Pair) -> str | None:
+        """Return the snapshot that libvirt failed to delete the last time."""
+        return self._unwilling.get(pair.name.key)
+
+    def prune(self, pair: Pair, deletes: Sequence[Delete], blocked: Sequence[Blocked]) -> tuple[int, int]:
+        """Carry out a plan's deletes after its take; return how many were deleted and how many wait."""
+        if self.intents.exists(pair.name.domain_uuid):
+            # A guest that may be frozen is not worked on further; what was to be deleted is the next run's debt.
+            done, left = 0, [Blocked(d.snapshot, BlockReason.FAILED, "the guest may be frozen") for d in deletes]
+        else:
+            done, left = self.delete(pair, deletes)
+        return done, self.report(pair, [*blocked, *left])
+
+    def report(self, pair: Pair, blocked: Sequence[Blocked]) -> int:
+        """Publish what has to wait, and return how many that are."""
+        counts = dict(Counter(str(wait.reason) for wait in blocked))
+        again = self._reported.get(pair.name.key) == counts
+        self._reported[pair.name.key] = counts
+        if blocked:
+            self.publish(PruneBlocked(pair=pair.name, blocked=counts, detail=blocked[0].detail, again=again))
+        return len(blocked)
+
+    def delete(self, pair: Pair, deletes: Sequence[Delete]) -> tuple[int, list[Blocked]]:
+        """Delete one by one; return how many, and what has to wait."""
+        blocked: list[Blocked] = []
+        deleted = 0
+        for position, step in enumerate(deletes):
+            try:
+                obstacle = self._delete_one(pair, step)
+            except HypervisorError as error:
+                self.publish(
+                    DeleteFailed(pair=pair.name, snapshot=step.snapshot, reason=error.reason, error=str(error))
+                )
+                # A domain in trouble is not worked on further; the next run begins with the others.
+                self._unwilling[pair.name.key] = step.snapshot
+                blocked += [Blocked(left.snapshot, BlockReason.FAILED, str(error)) for left in deletes[position:]]
+                break
+            if obstacle:
+                blocked.append(obstacle)
+            else:
+                deleted += 1
+        return deleted, blocked
+
+    def _delete_one(self, pair: Pair, step: Delete) -> Blocked | None:
+        """Delete one snapshot, if it still may go; return what is in the way now."""
+        domain = self.hypervisor.domain(pair.name.domain_uuid)
+        with self.gates.hold(merge_folders(domain), heavy=True) as waited:
+            if waited:
+                domain = self.hypervisor.domain(domain.uuid)
+            obstacle = self._changed(pair, domain, step.snapshot)
+            if obstacle:
+                return obstacle
+            started = self.stopwatch()
+            self.hypervisor.delete_snapshot(domain.uuid, step.snapshot)
+            duration = self.stopwatch() - started
+        problem = check_deleted(domain, self.hypervisor.domain(domain.uuid), step.snapshot)
+        if problem:
+            self._distrusted.add(domain.uuid)
+            msg = f"{step.snapshot} was deleted, and afterwards {problem}; look at the domain with `kvmsnapd doctor`"
+            raise HypervisorError(msg, operation="snapshot_delete", domain=domain.name)
+        self.publish(
+            SnapshotDeleted(pair=pair.name, snapshot=step.snapshot, reasons=step.reasons, duration_seconds=duration)
+        )
+        return None
+
+    def _changed(self, pair: Pair, domain: Domain, name: str) -> Blocked | None:
+        """Return what is in the way in the domain as it is now, None if the delete may go on."""
+        if not any(snapshot.name == name for snapshot in domain.snapshots):
+            return None  # gone already; deleting it again is success
+        if domain.uuid in self._distrusted:
+            detail = "an earlier delete left the domain in an unforeseen state; see `kvmsnapd doctor`, then restart us"
+            return Blocked(name, BlockReason.CHANGED, detail)
+        now = self.clock()
+        # With the slot that is due now, if it still is: then room is made for it.
+        upcoming = due_for(domain, pair.policy, now).slot
+        released = {v.point.name for v in judge(domain, pair.policy, now=now, upcoming=upcoming) if not v.keep}
+        if name not in released or name == newest_of(domain, pair.policy, now=now):
+            return Blocked(name, BlockReason.CHANGED, f"somebody changed the snapshots meanwhile, and {name} is wanted")
+        if domain.state is DomainState.UNSETTLED:
+            return Blocked(name, BlockReason.CHANGED, f"the domain is {domain.state_detail} now")
+        if domain.managed_save:
+            return Blocked(name, BlockReason.CHANGED, "the domain has a managed-save image now")
+        busy = [disk.target for disk in domain.disks if disk.block_job]
+        if busy:
+            return Blocked(name, BlockReason.CHANGED, f"a block job has begun on {', '.join(busy)}")
+        if len({snapshot.kind for snapshot in domain.snapshots}) > 1:
+            return Blocked(name, BlockReason.CHANGED, "the domain has snapshots of both kinds now")
+        return find_obstacle(domain, name, self.hypervisor.capabilities())
+
+
+def merge_folders(domain: Domain) -> list[str]:
+    """Return the folders in which a delete moves data; none if all snapshots are internal."""
+    if all(snapshot.kind is Kind.INTERNAL for snapshot in domain.snapshots):
+        return []
+    return [str(PurePosixPath(disk.path).parent) for disk in domain.disks if disk.holds_state and disk.path]
