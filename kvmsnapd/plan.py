@@ -107,7 +107,9 @@ def plan_run(
     refusal = answer if isinstance(answer, Refusal) else None
     upcoming = None if unchanged else due.slot
     verdicts = judge(domain, policy, now=now, upcoming=upcoming)
-    deletes, blocked = plan_deletes(domain, policy, capabilities, verdicts, unwilling=unwilling)
+    deletes, blocked = plan_deletes(
+        domain, policy, capabilities, verdicts, take_first=upcoming is not None, unwilling=unwilling
+    )
     room: tuple[Delete, ...] = ()
     if refusal and refusal.reason is RefusalReason.CHAIN_FULL:
         room = plan_room(domain, policy, capabilities, deletes, now=now)

@@ -63,6 +63,7 @@ def plan_deletes(
     capabilities: Capabilities,
     verdicts: Iterable[Verdict],
     *,
+    take_first: bool = False,
     unwilling: str | None = None,
 ) -> tuple[tuple[Delete, ...], tuple[Blocked, ...]]:
     """Split what the verdicts release into deletes, oldest first, and what has to wait.
@@ -71,12 +72,13 @@ def plan_deletes(
     wrong clock must not empty a history at once.
 
     Args:
+        take_first: whether a take comes before the deletes.
         unwilling: a snapshot that libvirt failed to delete; it comes last, so that it does not hold up the others.
     """
     deletes: list[Delete] = []
     blocked: list[Blocked] = []
     for verdict in reversed([verdict for verdict in verdicts if not verdict.keep]):
-        obstacle = find_obstacle(domain, verdict.point.name, capabilities)
+        obstacle = find_obstacle(domain, verdict.point.name, capabilities, take_first=take_first)
         if obstacle:
             blocked.append(obstacle)
         else:
@@ -124,11 +126,14 @@ def newest_of(inventory: Inventory, policy: Policy, *, now: datetime) -> str | N
     return max(marks, key=marks.__getitem__, default=None)
 
 
-def find_obstacle(domain: Domain, name: str, capabilities: Capabilities) -> Blocked | None:
+def find_obstacle(domain: Domain, name: str, capabilities: Capabilities, *, take_first: bool = False) -> Blocked | None:
     """Return what keeps this snapshot from being deleted in the domain as it is now, None if nothing does.
 
     An internal snapshot is independent of all others. Deleting an external one merges the overlay above it
     downwards, so the tree around it decides.
+
+    Args:
+        take_first: whether another snapshot will be the newest by then.
     """
     snapshot = next((s for s in domain.snapshots if s.name == name), None)
     if snapshot is None or snapshot.kind is Kind.INTERNAL:
@@ -149,17 +154,19 @@ def find_obstacle(domain: Domain, name: str, capabilities: Capabilities) -> Bloc
         cause = "a backup in progress, a revert or an interrupted take"
         detail = f"its overlay carries {layer}, which belongs to no snapshot ({cause})"
         return Blocked(name, BlockReason.FOREIGN_LAYER, detail)
-    if (
-        children
-        and domain.state is DomainState.SHUT_OFF
-        and not capabilities.delete_external_in_chain_offline
-        and not _listed(domain, snapshot)
-    ):
-        detail = (
-            f"libvirt {capabilities.version} cannot delete it while the domain is shut off, since a snapshot was taken "
-            "above it while it was; it goes when the domain runs"
-        )
-        return Blocked(name, BlockReason.NEEDS_RUNNING, detail)
+    if children and domain.state is DomainState.SHUT_OFF:
+        if not capabilities.delete_external_in_chain_offline and not _listed(domain, snapshot):
+            detail = (
+                f"libvirt {capabilities.version} cannot delete it while the domain is shut off, since a snapshot was "
+                "taken above it while it was; it goes when the domain runs"
+            )
+            return Blocked(name, BlockReason.NEEDS_RUNNING, detail)
+        if not take_first and not any(s.parent == children[0].name for s in domain.snapshots):
+            detail = (
+                "its merge would write into the newest snapshot's overlay, and so hide that the domain has not changed "
+                "since; it goes after the next snapshot, or when the domain runs"
+            )
+            return Blocked(name, BlockReason.NEEDS_RUNNING, detail)
     return None
 
 

@@ -235,8 +235,6 @@ def test_a_size_has_a_decimal_or_a_binary_unit_or_none(write: Write, written: st
     assert a_policy_with(write, f"min_free: {written}").min_free_bytes == size
 
 
-
-
 @pytest.mark.parametrize(
     "written",
     [

@@ -285,7 +285,7 @@ def test_libvirt_9_deletes_of_a_shut_off_domain_what_its_xml_lists() -> None:
     chain = overlaid("vda")
     for listed, waits in ((0, [0, 1]), (1, [0]), (2, []), (3, [])):
         domain = a_domain(*chain, disks=layered("vda", listed=listed), state=DomainState.SHUT_OFF)
-        found = [find_obstacle(domain, snapshot.name, LIBVIRT_9) for snapshot in chain]
+        found = [find_obstacle(domain, snapshot.name, LIBVIRT_9, take_first=True) for snapshot in chain]
         assert [number for number, obstacle in enumerate(found) if obstacle] == waits
         assert {obstacle.reason for obstacle in found if obstacle} <= {BlockReason.NEEDS_RUNNING}
 
@@ -296,6 +296,18 @@ def test_libvirt_9_has_to_find_the_layers_of_all_disks() -> None:
     found = find_obstacle(a_domain(*chain, disks=disks, state=DomainState.SHUT_OFF), first.name, LIBVIRT_9)
     assert found is not None
     assert found.reason is BlockReason.NEEDS_RUNNING
+
+
+def test_of_a_shut_off_domain_what_lies_right_below_the_newest_waits_for_another_one() -> None:
+    first, second, third = chain = overlaid("vda")
+    for state, take_first, waits in (
+        (DomainState.SHUT_OFF, False, [second.name]),
+        (DomainState.SHUT_OFF, True, []),
+        (DomainState.RUNNING, False, []),
+    ):
+        domain = a_domain(*chain, disks=layered("vda"), state=state)
+        found = [find_obstacle(domain, s.name, ANY_LIBVIRT, take_first=take_first) for s in (first, second, third)]
+        assert [(o.snapshot, o.reason) for o in found if o] == [(name, BlockReason.NEEDS_RUNNING) for name in waits]
 
 
 def test_newer_libvirts_need_nothing_listed() -> None:
