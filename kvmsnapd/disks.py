@@ -42,7 +42,11 @@ def cover_disks(domain: Domain, policy: Policy, capabilities: Capabilities) -> C
                 RefusalReason.UNSUPPORTED,
                 f"libvirt's {capabilities.driver} driver has no external snapshots; set kind: internal in the policy",
             )
-        faults = [(disk, _external_fault(domain, disk, policy)) for disk in chosen]
+        affected = list(chosen)
+        if policy.memory_live and domain.state is not DomainState.SHUT_OFF:
+            # RAM is saved as for a migration: "migration with transient disk is not supported", left out or not.
+            affected += [disk for disk in domain.disks if disk.transient and disk not in chosen]
+        faults = [(disk, _external_fault(domain, disk, policy)) for disk in affected]
         excluded = tuple(disk.target for disk in domain.disks if disk not in chosen)
     else:
         if domain.pflash and not (capabilities.internal_with_pflash_offline and domain.state is DomainState.SHUT_OFF):
@@ -51,6 +55,10 @@ def cover_disks(domain: Domain, policy: Policy, capabilities: Capabilities) -> C
                 f"libvirt {capabilities.version} takes no internal snapshot of a {domain.state} domain with UEFI "
                 "firmware; set kind: external in the policy",
             )
+        if chosen != tuple(with_state):
+            left = ", ".join(disk.target for disk in with_state if disk not in chosen)
+            text = f"the policy leaves out {left}, and an internal snapshot covers all disks or none"
+            return Refusal(RefusalReason.DISK, text)
         # All writable disks or none, a floppy too: "disk 'fda' must use snapshot mode 'internal'".
         writable = [disk for disk in domain.disks if not disk.readonly]
         faults = [(disk, _internal_fault(disk, capabilities)) for disk in writable]

@@ -16,12 +16,14 @@ from tests.lab.generations import OTHER_ROOT_VARIABLE
 from tests.lab.generations import roots as generation_roots
 from tests.lab.guest import guests_on
 from tests.lab.libvirtd import Libvirtd, unpacked_programs
+from tests.lab.small_disk import small_disk_at
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from tests.lab.guest import Guest
+    from tests.lab.small_disk import SmallDisk
 
 _QEMU_TOOLS = ("virsh", "qemu-system-x86_64", "unshare", "nsenter", "debugfs")
 
@@ -41,13 +43,20 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture(scope="session")
-def generations(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Libvirtd]]:
+def small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SmallDisk]:
+    """Provide a small file system that all libvirtds of the session see; a test that fills it must empty it again."""
+    with small_disk_at(tmp_path_factory.getbasetemp() / "small") as disk:
+        yield disk
+
+
+@pytest.fixture(scope="session")
+def generations(tmp_path_factory: pytest.TempPathFactory, small_disk: SmallDisk) -> Iterator[Callable[[str], Libvirtd]]:
     """Provide private libvirtds by the name of their generation, each started when first asked for.
 
     One of each lives through the whole session; a test that kills it must start it again.
     """
     roots = generation_roots()
-    shared = (tmp_path_factory.getbasetemp(), ingredients.CACHE)
+    shared = (tmp_path_factory.getbasetemp(), small_disk.path, ingredients.CACHE)
     running: dict[str, Libvirtd] = {}
     with contextlib.ExitStack() as clean_up:
 

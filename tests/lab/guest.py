@@ -6,6 +6,7 @@ import base64
 import contextlib
 import itertools
 import json
+import os
 import re
 import shutil
 import time
@@ -38,6 +39,8 @@ _AGENT_CHUNK = 48 * 1024
 _CPU = """<cpu mode='custom' match='exact' check='none'>
   <model fallback='forbid'>qemu64</model><feature policy='disable' name='cx16'/>
 </cpu>"""
+
+_FIRMWARE_CODE, _FIRMWARE_VARIABLES = "OVMF_CODE_4M.fd", "OVMF_VARS_4M.fd"
 
 _numbers = itertools.count(1)
 
@@ -88,10 +91,19 @@ class Guest:
     writer: bool = False
     """Whether the guest keeps writing to its first disk, 64 KiB about ten times a second."""
     memory_mib: int = 112
+    boots: bool = True
+    """False: it stays in its firmware, which is up at once, takes no processor time and touches no disk."""
+    firmware: bool = False
+    """UEFI, with a flash memory of its own for its variables, instead of a BIOS."""
+    extra: str = ""
+    """The XML of more devices; `{directory}` in it stands for the guest's own. Files are for the caller to make."""
 
     def define(self) -> None:
         """Make the disks and let libvirt know the domain."""
         self.directory.mkdir(parents=True, exist_ok=True)
+        if self.firmware:
+            for name in (_FIRMWARE_CODE, _FIRMWARE_VARIABLES):
+                shutil.copyfile(_firmware(name), self.directory / name)
         first, *others = self.images
         ingredients.copy_of_disk(first, self.image_format, self.size_mib)
         for image in others:
@@ -108,6 +120,8 @@ class Guest:
 
         Raises LabError with the end of console and QEMU log when it died or takes too long.
         """
+        if not self.boots:
+            return
         deadline = time.monotonic() + _UP_WITHIN_S
         while not ("GUEST-UP" in self._console_text() and (not self.agent or self.agent_answers())):
             if time.monotonic() > deadline or self.state == libvirt.VIR_DOMAIN_SHUTOFF:
@@ -128,7 +142,9 @@ class Guest:
         try:
             self.destroy()
             self.domain.undefineFlags(
-                libvirt.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA | libvirt.VIR_DOMAIN_UNDEFINE_MANAGED_SAVE
+                libvirt.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA
+                | libvirt.VIR_DOMAIN_UNDEFINE_MANAGED_SAVE
+                | libvirt.VIR_DOMAIN_UNDEFINE_NVRAM
             )
         except libvirt.libvirtError as error:
             if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
@@ -172,6 +188,11 @@ class Guest:
                 return Path(disk.find("source").attrib["file"])  # type: ignore[union-attr]
         msg = f"guest {self.name} has no disk {target}"
         raise LabError(msg)
+
+    def ask_qemu(self, command: str) -> str:
+        """Return the answer of QEMU's human monitor to one of its commands, as for `info status`."""
+        human = libvirt_qemu.VIR_DOMAIN_QEMU_MONITOR_COMMAND_HMP
+        return str(libvirt_qemu.qemuMonitorCommand(self.domain, command, human))
 
     def beats(self) -> int:
         """Return how often the guest's heart has beaten since it booted: five times a second."""
@@ -264,8 +285,17 @@ class Guest:
         return "\n".join(["--- console", *console, "--- QEMU", *said.splitlines()[-lines:]])
 
     def _xml(self) -> str:
-        boot = ingredients.boot()
         options = " agent" * self.agent + " writer" * self.writer
+        start = ""
+        if self.firmware:  # in the guest's directory, which every root sees
+            start = f"""
+                <loader readonly='yes' type='pflash'>{self.directory / _FIRMWARE_CODE}</loader>
+                <nvram>{self.directory / _FIRMWARE_VARIABLES}</nvram>"""
+        if self.boots:
+            boot = ingredients.boot()
+            start += f"""
+                <kernel>{boot.kernel}</kernel><initrd>{boot.initramfs}</initrd>
+                <cmdline>console=ttyS0 quiet panic=1{options}</cmdline>"""
         disks = "".join(
             f"""<disk type='file' device='disk'>
                   <driver name='qemu' type='{self.image_format}' discard='unmap'/>
@@ -278,17 +308,25 @@ class Guest:
             <domain type='qemu'>
               <name>{self.name}</name><memory unit='MiB'>{self.memory_mib}</memory><vcpu>1</vcpu>
               <os>
-                <type arch='x86_64' machine='pc'>hvm</type>
-                <kernel>{boot.kernel}</kernel><initrd>{boot.initramfs}</initrd>
-                <cmdline>console=ttyS0 quiet panic=1{options}</cmdline>
+                <type arch='x86_64' machine='pc'>hvm</type>{start}
               </os>
               <features><acpi/></features>
               {_CPU}
               <on_reboot>destroy</on_reboot>
               <devices>
                 {disks}
+                {self.extra.replace("{directory}", str(self.directory))}
                 {channel if self.agent else ""}
                 <serial type='file'><source path='{self.console}'/></serial>
                 <controller type='usb' model='none'/><memballoon model='none'/>
               </devices>
             </domain>"""
+
+
+def _firmware(name: str) -> Path:
+    """Return a file of UEFI firmware from the unpacked package; one serves QEMU of both generations."""
+    place = Path(os.environ.get(ingredients.UNPACKED_VARIABLE, "/nonexistent")) / "ovmf/usr/share/OVMF" / name
+    if not place.exists():
+        msg = f"{place}: no such file"
+        raise LabError(msg)
+    return place

@@ -290,14 +290,17 @@ LIVE = a_policy(memory_live=True, consistency=ConsistencyRule.MEMORY)
 
 
 @pytest.mark.parametrize("agent", [True, False])
-@pytest.mark.parametrize("state", [_RUNNING, _PAUSED])
-def test_a_live_snapshot_holds_the_memory_of_a_guest_that_is_up_and_never_asks_the_agent(
-    state: DomainState, agent: bool
-) -> None:
+def test_a_live_snapshot_holds_the_memory_of_a_guest_that_runs_and_never_asks_the_agent(agent: bool) -> None:
     policy = a_policy(memory_live=True, max_pause=timedelta(seconds=2))
-    found = request(a_domain(state=state, agent_connected=agent), policy)
+    found = request(a_domain(agent_connected=agent), policy)
     assert (found.mark.consistency, found.quiesce) == (Consistency.MEMORY, False)
     assert (found.memory_file, found.max_pause_seconds) == (f"/images/web1.{NAME}.mem", 2)
+
+
+def test_a_live_snapshot_of_a_paused_domain_waits_until_it_runs() -> None:
+    found = refusal(a_domain(state=_PAUSED), LIVE)
+    assert found.reason is RefusalReason.STATE
+    assert "resume it or shut it down" in found.detail
 
 
 def test_a_live_snapshot_of_a_shut_off_domain_has_no_memory_to_save() -> None:
