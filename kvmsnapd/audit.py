@@ -13,7 +13,7 @@ from kvmsnapd.fleet import explain_unprotected
 from kvmsnapd.plan import plan_run
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
     from datetime import datetime
 
     from kvmsnapd.fleet import Fleet
@@ -79,10 +79,10 @@ def _domain(
     return diagnose_domain(domain, [pair.policy for pair in pairs], plans, capabilities)
 
 
-def _files(hypervisor: Hypervisor, domains: Iterable[Domain]) -> list[Finding]:
+def _files(hypervisor: Hypervisor, domains: Sequence[Domain]) -> list[Finding]:
     """Compare records and files. What is only so for a moment, since a run goes on beside us, is not so twice."""
 
-    def look(domains: Iterable[Domain]) -> list[Finding]:
+    def look(domains: Sequence[Domain]) -> list[Finding]:
         paths = [disk.path for domain in domains for disk in domain.disks if disk.path]
         paths += [path for domain in domains for s in domain.snapshots for _, path in s.overlays]
         listed = {folder: hypervisor.files(folder) for folder in sorted({path.rpartition("/")[0] for path in paths})}

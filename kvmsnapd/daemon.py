@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from kvmsnapd.config import Config
     from kvmsnapd.events import Event, Publish
     from kvmsnapd.fleet import Fleet, Pair
+    from kvmsnapd.policy import Policy
 
 DRAIN = timedelta(seconds=60)
 """How long a stop waits for runs that are going on; a snapshot or merge that takes longer is finished by libvirt."""
@@ -134,6 +135,7 @@ class Daemon:
             self._publish,
             clock=read_clock,
             stopwatch=time.monotonic,
+            current=self._current_policy,
             host_gate=HostGate(places=settings.workers, patience=PATIENCE),
             gates=StorageGates(takes=settings.takes_per_storage, heavy=settings.merges_per_storage),
         )
@@ -232,7 +234,7 @@ class Daemon:
         self._pairs = {pair.name.key: pair for pair in fleet.pairs}
         for record in (self._attempts, self._failures, self._missed):
             for gone in record.keys() - self._pairs.keys():
-                record.pop(gone)
+                record.pop(gone, None)
         self._metrics.keep_only((pair.name.domain, pair.name.policy) for pair in fleet.pairs)
         self._fleet, self._libvirt_up, self._last_tick_at = fleet, True, now
         for pair in fleet.pairs:
@@ -278,6 +280,11 @@ class Daemon:
             detail = f"the slot of {pair.due.missed.isoformat()} was missed and catch_up is skip"
             self._publish(RunSkipped(pair=pair.name, reason="misfire", detail=detail))
 
+    def _current_policy(self, pair: Pair) -> Policy | None:
+        """Return the policy that is in force for a pair now; None when it is gone, or when we are stopping."""
+        now = None if self._stopping.is_set() else self._pairs.get(pair.name.key)
+        return now.policy if now else None
+
     # A run, on one of APScheduler's threads
 
     def _run_pair(self, key: str) -> None:
@@ -306,6 +313,7 @@ class Daemon:
         before, after = self._started_with, config.settings
         configure_logging(level=after.log.level, form=after.log.format)
         self._config, self._config_ok, self._config_loaded_at = config, True, read_clock()
+        self._pairs = {}  # until the next tick: a run that waited must not go on by the policy of before
         self._failures.clear()  # what was in the way may be what the edit was for
         self._publish_config(config, tuple(n for n in _FIXED if getattr(before, n) != getattr(after, n)))
         self._tick_wanted.set()

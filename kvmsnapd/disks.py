@@ -32,7 +32,7 @@ class Cover:
 def cover_disks(domain: Domain, policy: Policy, capabilities: Capabilities) -> Cover | Refusal:
     """Return which disks a snapshot of this policy's kind covers, or which one cannot be covered and why."""
     with_state = [disk for disk in domain.disks if disk.holds_state]
-    chosen = tuple(disk for disk in with_state if not policy.disks.excludes(domain, disk))
+    chosen = covered(domain, policy)
     if not chosen:
         reason = "its policy excludes every disk" if with_state else "the domain has no writable disk"
         return Refusal(RefusalReason.DISK, f"{reason}, so there is nothing to snapshot")
@@ -70,10 +70,15 @@ def cover_disks(domain: Domain, policy: Policy, capabilities: Capabilities) -> C
     return Cover(chosen, by_policy, excluded)
 
 
+def covered(domain: Domain, policy: Policy) -> tuple[Disk, ...]:
+    """Return the disks that a snapshot of this policy is of."""
+    return tuple(disk for disk in domain.disks if disk.holds_state and not policy.disks.excludes(domain, disk))
+
+
 def data_folders(domain: Domain, policy: Policy) -> tuple[str, ...]:
     """Return the folders that a snapshot's overlays and RAM go to, that of the RAM first; devices have none."""
-    disks = [disk for disk in domain.disks if disk.holds_state and not policy.disks.excludes(domain, disk)]
-    folders = dict.fromkeys(_folder(disk, policy) for disk in disks if disk.path or policy.overlay_directory)
+    disks = [disk for disk in covered(domain, policy) if disk.path or policy.overlay_directory]
+    folders = dict.fromkeys(_folder(disk, policy) for disk in disks)
     return tuple(folder for folder in folders if folder and not f"{folder}/".startswith("/dev/"))
 
 

@@ -4,6 +4,7 @@
     ├── InvalidValueError            a duration, keep rule, schedule or name that cannot mean anything
     ├── ConfigError                  one or more problems in the configuration, each with its place
     ├── DomainLockedError            another process works on this domain
+    ├── StorageBusyError             others work on this storage
     └── HypervisorError              libvirt refused; ``operation``, ``domain`` and libvirt's ``code`` say what
         ├── HypervisorUnreachableError   no connection; what a call in flight did is unknown
         ├── DomainNotFoundError
@@ -11,8 +12,10 @@
         ├── SnapshotNotFoundError
         ├── SnapshotExistsError
         ├── StorageFullError             no space; nothing was changed
+        ├── MergeFailedError             a delete began and did not end; the snapshot may be half merged
         └── GuestAgentUnavailableError   asked to quiesce, and the guest agent did not do it
             └── GuestAgentRefusedError   it answered, with an error
+                ├── FreezeRefusedError       to the freeze, so nothing is frozen
                 └── GuestFrozenError         that somebody else has frozen the guest
 
 A refusal to touch a domain is not an error but an answer: see :class:`kvmsnapd.refusal.Refusal`.
@@ -48,6 +51,10 @@ class ConfigError(KvmsnapdError):
 
 class DomainLockedError(KvmsnapdError):
     """Another process (the daemon, or a person's command) holds the lock of this domain."""
+
+
+class StorageBusyError(KvmsnapdError):
+    """As many takes or merges as one storage bears go on, and did not end within the time to wait."""
 
 
 class HypervisorError(KvmsnapdError):
@@ -105,6 +112,12 @@ class StorageFullError(HypervisorError):
     reason = "space"
 
 
+class MergeFailedError(HypervisorError):
+    """A block commit met an error on the way: the snapshot is still listed, and may hold part of what came after it."""
+
+    reason = "merge"
+
+
 class GuestAgentUnavailableError(HypervisorError):
     """The guest agent was asked to freeze the file systems and did not; no snapshot was taken."""
 
@@ -113,6 +126,10 @@ class GuestAgentUnavailableError(HypervisorError):
 
 class GuestAgentRefusedError(GuestAgentUnavailableError):
     """The guest agent answered with an error, for example because the command is disabled in the guest."""
+
+
+class FreezeRefusedError(GuestAgentRefusedError):
+    """The guest agent answered the freeze itself with an error: it is not frozen."""
 
 
 class GuestFrozenError(GuestAgentRefusedError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from enum import StrEnum
@@ -9,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from kvmsnapd.disks import data_folders
-from kvmsnapd.errors import DomainLockedError, HypervisorError
+from kvmsnapd.errors import DomainLockedError, HypervisorError, StorageBusyError
 from kvmsnapd.events import DomainExamined, HookFinished, RunFinished, RunSkipped, RunStuck, SnapshotUnchanged
 from kvmsnapd.gates import HostGate, StorageGates
 from kvmsnapd.hooks import run_hook
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from kvmsnapd.hypervisor import Hypervisor
     from kvmsnapd.model import Domain, TakeRequest
     from kvmsnapd.plan import Confirm, Plan
-    from kvmsnapd.policy import Hook
+    from kvmsnapd.policy import Hook, Policy
     from kvmsnapd.refusal import Refusal
     from kvmsnapd.state_files import DomainLocks, FreezeIntents
 
@@ -87,19 +88,21 @@ class Executor:
     stopwatch: Callable[[], float]
     host_gate: HostGate = field(default_factory=lambda: HostGate(places=4, patience=PATIENCE))
     gates: StorageGates = field(default_factory=lambda: StorageGates(takes=4, heavy=1))
+    current: Callable[[Pair], Policy | None] = field(default=lambda pair: pair.policy)
+    """Returns the policy as it is now configured, None if the pair is gone or nothing more is to be begun."""
     # Per pair, why it is in quarantine, so that it is told once.
     _quarantine: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.thawer = Thawer(self.hypervisor, self.locks, self.intents, self.publish)
         self._taker = Taker(self.hypervisor, self.intents, self.thawer, self.publish, self.stopwatch)
-        self._pruner = Pruner(self.hypervisor, self.intents, self.gates, self.publish, self.clock, self.stopwatch)
+        self._pruner = Pruner(self.hypervisor, self.gates, self.current, self.publish, self.clock, self.stopwatch)
 
     def run(self, pair: Pair) -> Outcome:
         """Take what is due for this pair and prune what retention then releases; report all of it as events.
 
-        Nothing is assumed from before: domain, snapshots and the slot that is due are read again under the lock.
-        Errors of the hypervisor and of the files we keep become events and an outcome; they are not raised.
+        Nothing is assumed from before: policy, domain, snapshots and the slot that is due are read again under the
+        lock. What goes wrong becomes events and an outcome; nothing is raised.
         """
         started = self.stopwatch()
         stuck = RunStuck(pair=pair.name, after_seconds=PATIENCE.total_seconds())
@@ -111,10 +114,15 @@ class Executor:
                 outcome = self._run_locked(pair)
         except DomainLockedError as error:
             outcome = self._skip(pair, "locked", str(error))
+        except StorageBusyError as error:
+            outcome = self._skip(pair, "storage_busy", str(error))
         except HypervisorError as error:
             outcome = self._skip(pair, error.reason, f"the run was cut short: {error}")
         except OSError as error:
             outcome = self._skip(pair, "state_directory", f"our own notes cannot be kept: {error}")
+        except Exception as error:
+            logging.getLogger(__name__).exception("run of %s", pair.name.key)
+            outcome = self._skip(pair, "unforeseen", f"{type(error).__name__}: {error}")
         self.publish(
             RunFinished(
                 pair=pair.name,
@@ -130,6 +138,10 @@ class Executor:
 
     def _run_locked(self, pair: Pair) -> Outcome:
         uuid = pair.name.domain_uuid
+        policy = self.current(pair)
+        if policy is None:
+            return Outcome(Result.NOTHING_DUE)  # the pair went, or we are told to stop, while this run waited
+        pair = replace(pair, policy=policy)
         if self.intents.exists(uuid):
             self.thawer.thaw(uuid)
         domain, plan = self._plan(pair)
@@ -138,9 +150,9 @@ class Executor:
             made_room, _ = self._pruner.delete(pair, plan.room)
             domain, plan = self._plan(pair)
         if plan.take:
-            outcome, plan = self._between_hooks(pair, domain, plan, plan.take)
+            outcome, plan = self._take(pair, domain, plan, plan.take)
         else:
-            outcome = self._carry_out(pair, domain, plan)
+            outcome = self._without_take(pair, plan)
         deleted = blocked = 0
         if outcome.result in {Result.TAKEN, Result.UNCHANGED}:
             deleted, blocked = self._pruner.prune(pair, plan.deletes, plan.blocked)
@@ -148,37 +160,37 @@ class Executor:
             self._pruner.report(pair, plan.blocked)
         return replace(outcome, deleted=made_room + deleted, blocked=blocked)
 
-    def _between_hooks(self, pair: Pair, domain: Domain, plan: Plan, request: TakeRequest) -> tuple[Outcome, Plan]:
-        """Carry out the plan's take with the policy's hooks around it; return how it went and the plan in the end."""
+    def _take(self, pair: Pair, domain: Domain, plan: Plan, request: TakeRequest) -> tuple[Outcome, Plan]:
+        """Wait for the storage, then take between the hooks; return how it went and the plan in the end."""
+        ram = request.mark.consistency is Consistency.MEMORY
+        with self.gates.hold(data_folders(domain, pair.policy), heavy=ram) as waited:
+            if waited:
+                _, plan = self._plan(pair)
+            if plan.take is None:
+                return self._without_take(pair, plan), plan
+            return self._between_hooks(pair, plan, plan.take)
+
+    def _between_hooks(self, pair: Pair, plan: Plan, request: TakeRequest) -> tuple[Outcome, Plan]:
         hooks = pair.policy.hooks
         try:
             if hooks.before and not self._run_hook(pair, request, "before", "due") and hooks.before.required:
                 outcome = self._skip(pair, "hook", "the required hook `before` failed, so nothing was taken")
             else:
                 if hooks.before:
-                    domain, plan = self._plan(pair)  # time has passed, and a hook may well shut a guest off
+                    _, plan = self._plan(pair)  # time has passed, and a hook may well shut a guest off
                     request = plan.take or request
-                outcome = self._carry_out(pair, domain, plan)
-        except (HypervisorError, OSError):
+                if plan.take is None:
+                    outcome = self._without_take(pair, plan)
+                else:
+                    taken = self._taker.take(pair, plan.take)
+                    self._quarantine.pop(pair.name.key, None)
+                    result = Result.TAKEN if taken else Result.FAILED
+                    outcome = Outcome(result, request.mark.scheduled_at, taken)
+        except BaseException:
             self._run_hook(pair, request, "on_failure", Result.FAILED)
             raise
         self._run_hook(pair, request, "on_failure" if outcome.wants_retry else "after", outcome.result)
         return outcome, plan
-
-    def _carry_out(self, pair: Pair, domain: Domain, plan: Plan) -> Outcome:
-        """Do what the plan says but for its deletes."""
-        if plan.take is None:
-            return self._without_take(pair, plan)
-        ram = plan.take.mark.consistency is Consistency.MEMORY
-        with self.gates.hold(data_folders(domain, pair.policy), heavy=ram) as waited:
-            if waited:
-                _, plan = self._plan(pair)
-            if plan.take is None:
-                return self._without_take(pair, plan)
-            request = plan.take
-            taken = self._taker.take(pair, request)
-        self._quarantine.pop(pair.name.key, None)
-        return Outcome(Result.TAKEN if taken else Result.FAILED, request.mark.scheduled_at, taken)
 
     def _without_take(self, pair: Pair, plan: Plan) -> Outcome:
         if plan.refusal:

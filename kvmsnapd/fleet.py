@@ -61,7 +61,11 @@ class Fleet:
     def clock_suspect(self) -> bool:
         """Tell whether a snapshot of ours is dated in the future: this host's clock is wrong now, or was then."""
         marks = (s.mark for pair in self.pairs for s in pair.snapshots)
-        return any(mark and max(mark.scheduled_at, mark.taken_at) > self.at for mark in marks)
+        return any(
+            max(mark.taken_at, *mark.slots, *([mark.unchanged.seen_at] if mark.unchanged else [])) > self.at
+            for mark in marks
+            if mark
+        )
 
     def unmanaged(self) -> list[tuple[Inventory, tuple[Snapshot, ...]]]:
         """Return, per domain, our snapshots of policies that do not apply to it any more; they are never pruned."""

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import defaultdict
 from contextlib import ExitStack, contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING
+
+from kvmsnapd.errors import StorageBusyError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
-    from datetime import timedelta
+
+
+WAIT = timedelta(minutes=5)
+"""How long a take waits for others on its storage before it is tried again later."""
 
 
 class HostGate:
@@ -59,17 +66,24 @@ class StorageGates:
         self._lock = threading.Lock()
 
     @contextmanager
-    def hold(self, folders: Iterable[str], *, heavy: bool) -> Iterator[bool]:
-        """Wait for a place in each of these folders and hold it; in one order, so that none waits for ever.
+    def hold(self, folders: Iterable[str], *, heavy: bool, wait: timedelta = WAIT) -> Iterator[bool]:
+        """Wait for a place in each of these folders and hold it; in one order everywhere, so that none waits for ever.
 
         Gives whether there was a wait, during which things may have changed.
+
+        Raises:
+            StorageBusyError: there was no place within ``wait``; a merge may take hours.
         """
+        deadline = time.monotonic() + wait.total_seconds()
         with self._lock:
             places = [(self._heavy if heavy else self._takes)[folder] for folder in sorted(set(folders))]
         waited = False
         with ExitStack() as held:
             for place in places:
                 if not place.acquire(blocking=False):
-                    waited = place.acquire()
+                    waited = True
+                    if not place.acquire(timeout=max(0.0, deadline - time.monotonic())):
+                        msg = "other merges or takes go on on the same storage; tried again later"
+                        raise StorageBusyError(msg)
                 held.callback(place.release)
             yield waited

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Iterable, Mapping
 
     from kvmsnapd.model import Capabilities, Domain, Inventory, Layer, Mark, Snapshot, Storage, TakeRequest
 
@@ -49,6 +49,9 @@ class Hypervisor(Protocol):
         Raises:
             HypervisorUnreachableError: as above.
         """
+
+    def allocated(self, overlays: Iterable[tuple[str, str]]) -> Mapping[str, int]:
+        """Return, by disk target, the bytes these overlays take; those that cannot be told are left out."""
 
     def files(self, folder: str) -> tuple[Layer, ...]:
         """Return all files of a folder, as :meth:`storage` does."""

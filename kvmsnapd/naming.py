@@ -12,7 +12,7 @@ import re
 from datetime import UTC, datetime
 
 from kvmsnapd.errors import InvalidValueError
-from kvmsnapd.model import Consistency, Hold, Kind, Mark, Unchanged
+from kvmsnapd.model import Consistency, Deleting, Hold, Kind, Mark, Unchanged
 
 FORMAT_VERSION = 1
 MOST_ATTEMPTS = 99
@@ -84,6 +84,11 @@ def format_description(mark: Mark) -> str:
     if mark.unchanged:
         seen = mark.unchanged
         fields["unchanged"] = {"scheduled": _time(seen.scheduled_at), "seen": _time(seen.seen_at)}
+    if mark.deleting:
+        failed = {"failed_in": mark.deleting.failed_in} if mark.deleting.failed_in is not None else {}
+        fields["deleting"] = {"begun": _time(mark.deleting.begun_at)} | failed
+    if mark.owed:
+        fields["owed"] = mark.owed
     if mark.hold:
         fields["hold"] = {"reason": mark.hold.reason} | ({"until": _time(mark.hold.until)} if mark.hold.until else {})
     return json.dumps(fields)
@@ -104,7 +109,7 @@ def parse_mark(name: str, description: str) -> Mark | None:
             return None
         if datetime.fromisoformat(fields["scheduled"]) != scheduled_at:
             return None
-        hold, unchanged = fields.get("hold"), fields.get("unchanged")
+        hold, unchanged, deleting = (fields.get(key) for key in ("hold", "unchanged", "deleting"))
         return Mark(
             policy=policy,
             scheduled_at=scheduled_at,
@@ -114,6 +119,8 @@ def parse_mark(name: str, description: str) -> Mark | None:
             kind=Kind(fields["kind"]),
             hold=Hold(str(hold["reason"]), _aware(hold["until"]) if "until" in hold else None) if hold else None,
             excluded=tuple(map(str, fields.get("excluded", ()))),
+            deleting=Deleting(_aware(deleting["begun"]), deleting.get("failed_in")) if deleting else None,
+            owed=int(fields.get("owed", 0)),
             unchanged=Unchanged(_aware(unchanged["scheduled"]), _aware(unchanged["seen"])) if unchanged else None,
         )
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from kvmsnapd.model import TakeRequest, Unchanged
 from kvmsnapd.naming import format_name
 from kvmsnapd.preflight import plan_take
-from kvmsnapd.prune import Blocked, BlockReason, Delete, plan_deletes, plan_room
+from kvmsnapd.prune import Blocked, BlockReason, Delete, owes, plan_deletes, plan_room
 from kvmsnapd.refusal import Refusal, RefusalReason
 from kvmsnapd.retention import Point, Verdict, plan_retention
 from kvmsnapd.schedule import decide_due
@@ -108,7 +108,13 @@ def plan_run(
     upcoming = None if unchanged else due.slot
     verdicts = judge(domain, policy, now=now, upcoming=upcoming)
     deletes, blocked = plan_deletes(
-        domain, policy, capabilities, verdicts, take_first=upcoming is not None, unwilling=unwilling
+        domain,
+        policy,
+        capabilities,
+        verdicts,
+        take_first=upcoming is not None,
+        unwilling=unwilling,
+        owed=_owed(domain, policy),
     )
     room: tuple[Delete, ...] = ()
     if refusal and refusal.reason is RefusalReason.CHAIN_FULL:
@@ -118,12 +124,22 @@ def plan_run(
         blocked += tuple(Blocked(delete.snapshot, BlockReason.LONG_PAUSE, pause) for delete in deletes)
         deletes = ()
         room = room if len(room) == 1 else ()  # without any, a full chain would make the pause last for ever
+    if take:
+        take = replace(take, mark=replace(take.mark, owed=owes(deletes, blocked)))
+    if unchanged:
+        unchanged = replace(unchanged, mark=replace(unchanged.mark, owed=owes(deletes, blocked)))
     if refusal and not room:  # nothing will be taken: the verdicts are those on what exists
         verdicts = judge(domain, policy, now=now)
         released = {verdict.point.name for verdict in verdicts if not verdict.keep}
         deletes = tuple(delete for delete in deletes if delete.snapshot in released)
         blocked = tuple(wait for wait in blocked if wait.snapshot in released)
     return Plan(domain.uuid, domain.name, policy.name, due, take, unchanged, refusal, room, verdicts, deletes, blocked)
+
+
+def _owed(domain: Domain, policy: Policy) -> int:
+    """Return how many deletes were owed, for another reason than the fuse, when the newest snapshot was taken."""
+    marks = [(s.mark.scheduled_at, s.mark.attempt, s.mark.owed) for s in domain.of_policy(policy.name) if s.mark]
+    return max(marks, default=(None, None, 0))[2]
 
 
 def _confirm(domain: Domain, policy: Policy, storage: Storage, slot: datetime, now: datetime) -> Confirm | None:

@@ -47,9 +47,19 @@ class DiskSelection:
 
     def excludes(self, domain: Domain, disk: Disk) -> bool:
         """Tell whether the policy leaves this disk of the domain out."""
-        # A snapshot puts another file on top, so whatever the disk was made of counts as its source.
-        sources = {path for s in domain.snapshots for target, path in s.covers if target == disk.target}
-        words = {disk.target, disk.path or "", *disk.backing, *sources}
+        # A snapshot puts another file on top: all files of the disk's own line count as its source. Another disk may
+        # have had this target before.
+        below = {
+            overlay: dict(s.covers).get(target, "")
+            for s in domain.snapshots
+            for target, overlay in s.overlays
+            if target == disk.target
+        }
+        words = {disk.target, *disk.backing}
+        path = disk.path or ""
+        while path and path not in words:
+            words.add(path)
+            path = below.get(path, "")
 
         def named(patterns: tuple[str, ...]) -> bool:
             return any(fnmatchcase(word, pattern) for word in words for pattern in patterns)

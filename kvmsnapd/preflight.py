@@ -80,8 +80,17 @@ def plan_take(
         return TakeRequest(domain.uuid, domain.name, name, mark, excluded=cover.excluded)
     overlays = tuple((disk.target, overlay_path(domain, disk, policy, name)) for disk in cover.disks)
     memory = memory_path(domain, cover.disks[0], policy, name) if consistency is Consistency.MEMORY else None
-    pause = policy.max_pause.total_seconds()
-    return TakeRequest(domain.uuid, domain.name, name, mark, overlays, cover.excluded, memory, pause)
+    return TakeRequest(
+        domain_uuid=domain.uuid,
+        domain_name=domain.name,
+        name=name,
+        mark=mark,
+        overlays=overlays,
+        excluded=cover.excluded,
+        memory_file=memory,
+        max_pause_seconds=policy.max_pause.total_seconds(),
+        min_free_bytes=policy.min_free_bytes,
+    )
 
 
 def chain_depths(domain: Domain) -> dict[str, int]:

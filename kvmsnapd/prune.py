@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from datetime import datetime
 
-    from kvmsnapd.model import Capabilities, Domain, Inventory, Snapshot
+    from kvmsnapd.model import Capabilities, Deleting, Domain, Inventory, Snapshot
     from kvmsnapd.policy import Policy
     from kvmsnapd.retention import Verdict
 
@@ -28,6 +28,11 @@ class BlockReason(StrEnum):
     """Why a snapshot that retention releases is not deleted now. These words are metric labels."""
 
     FUSE = "fuse"
+    BUSY = "busy"
+    """Another merge goes on on the same storage."""
+    SPACE = "space"
+    MERGE_FAILED = "merge_failed"
+    """A merge failed in this run of the guest: its QEMU must not be trusted with another one."""
     FOREIGN_CHILD = "foreign_child"
     BRANCH = "branch"
     FOREIGN_LAYER = "foreign_layer"
@@ -37,7 +42,7 @@ class BlockReason(StrEnum):
     CHANGED = "changed"
     """Found just before the delete: the domain is no longer as it was planned for."""
     FAILED = "failed"
-    """libvirt did not delete it or one before it, or the guest may be frozen; tried again after the next take."""
+    """libvirt did not delete it or one before it; tried again after the next take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,27 +70,32 @@ def plan_deletes(
     *,
     take_first: bool = False,
     unwilling: str | None = None,
+    owed: int = 0,
 ) -> tuple[tuple[Delete, ...], tuple[Blocked, ...]]:
     """Split what the verdicts release into deletes, oldest first, and what has to wait.
 
-    More than ``max_deletes_per_run`` deletes are not carried out at all (the fuse): a shortened retention or a
-    wrong clock must not empty a history at once.
+    If a run releases more than ``max_deletes_per_run``, beyond what runs before it owed, nothing is deleted at all (the
+    fuse): a shortened retention or a wrong clock must not empty a history at once.
 
     Args:
         take_first: whether a take comes before the deletes.
+        owed: how many were released already when the newest snapshot was taken, and waited for something else.
         unwilling: a snapshot that libvirt failed to delete; it comes last, so that it does not hold up the others.
     """
     deletes: list[Delete] = []
     blocked: list[Blocked] = []
-    for verdict in reversed([verdict for verdict in verdicts if not verdict.keep]):
-        obstacle = find_obstacle(domain, verdict.point.name, capabilities, take_first=take_first)
+    half = [Delete(s.name, ("half deleted",)) for s in domain.half_deleted(policy.name)]
+    released = [Delete(v.point.name, v.reasons) for v in verdicts if not v.keep]
+    for delete in (*half, *reversed(released)):
+        obstacle = find_obstacle(domain, delete.snapshot, capabilities, take_first=take_first)
         if obstacle:
             blocked.append(obstacle)
         else:
-            deletes.append(Delete(verdict.point.name, verdict.reasons))
-    if len(deletes) > policy.max_deletes_per_run:
+            deletes.append(delete)
+    if len(deletes) > policy.max_deletes_per_run + owed:
+        owing = f" and the {owed} owed" if owed else ""
         detail = (
-            f"{len(deletes)} deletes at once are more than max_deletes_per_run: {policy.max_deletes_per_run}; "
+            f"{len(deletes)} deletes at once are more than max_deletes_per_run: {policy.max_deletes_per_run}{owing}; "
             f"look at `kvmsnapd plan {domain.name}` and raise the limit if this is meant"
         )
         blocked += [Blocked(delete.snapshot, BlockReason.FUSE, detail) for delete in deletes]
@@ -144,6 +154,13 @@ def find_obstacle(domain: Domain, name: str, capabilities: Capabilities, *, take
     branch = find_branch(domain)
     if branch:
         return Blocked(name, BlockReason.BRANCH, branch)
+    failed = [s.name for s in domain.snapshots if s.mark and s.mark.deleting and _failed_now(domain, s.mark.deleting)]
+    if failed:
+        detail = (
+            f"the merge of {failed[0]} failed in this run of the guest, and a power cut could lose what is merged now; "
+            f"shut it down and start it again (virsh shutdown, virsh start; a reboot is not enough)"
+        )
+        return Blocked(name, BlockReason.MERGE_FAILED, detail)
     children = [s for s in domain.snapshots if s.parent == name]
     foreign = [s.name for s in children if s.mark is None]
     if foreign:
@@ -168,6 +185,16 @@ def find_obstacle(domain: Domain, name: str, capabilities: Capabilities, *, take
             )
             return Blocked(name, BlockReason.NEEDS_RUNNING, detail)
     return None
+
+
+def _failed_now(domain: Domain, deleting: Deleting) -> bool:
+    return deleting.failed_in is not None and deleting.failed_in == domain.run_id
+
+
+def owes(deletes: Iterable[Delete], blocked: Iterable[Blocked]) -> int:
+    """Return how many released snapshots the next run's fuse does not count again: those that no surprise released."""
+    surprising = {BlockReason.FUSE, BlockReason.LONG_PAUSE}
+    return sum(1 for _ in deletes) + sum(wait.reason not in surprising for wait in blocked)
 
 
 def _listed(domain: Domain, snapshot: Snapshot) -> bool:
@@ -207,8 +234,11 @@ def check_deleted(before: Domain, after: Domain, name: str) -> str | None:
     left = {s.name: s.parent for s in after.snapshots}
     for snapshot in before.snapshots:
         parent = gone.parent if snapshot.parent == name else snapshot.parent
-        if snapshot.name != name and left.get(snapshot.name, "") != parent:
-            return f"snapshot {snapshot.name!r} lost its place in the tree"
+        # What a person deleted meanwhile, or the children of that, is not our doing.
+        if snapshot.name not in left and snapshot.mark and snapshot.name != name:
+            return f"snapshot {snapshot.name!r} is gone as well"
+        if snapshot.name in left and (parent is None or parent in left) and left[snapshot.name] != parent:
+            return f"snapshot {snapshot.name!r} has another parent than before"
     if gone.kind is Kind.INTERNAL:
         return None
     own = dict(gone.overlays)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
-from pathlib import PurePosixPath
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from kvmsnapd.errors import HypervisorError
+from kvmsnapd.errors import DomainBusyError, HypervisorError, MergeFailedError, StorageBusyError
 from kvmsnapd.events import DeleteFailed, PruneBlocked, SnapshotDeleted
-from kvmsnapd.model import DomainState, Kind
+from kvmsnapd.model import Deleting, DomainState, Kind
 from kvmsnapd.plan import due_for, judge
 from kvmsnapd.prune import Blocked, BlockReason, check_deleted, find_obstacle, newest_of
 
@@ -22,8 +22,12 @@ if TYPE_CHECKING:
     from kvmsnapd.gates import StorageGates
     from kvmsnapd.hypervisor import Hypervisor
     from kvmsnapd.model import Domain
+    from kvmsnapd.policy import Policy
     from kvmsnapd.prune import Delete
-    from kvmsnapd.state_files import FreezeIntents
+
+
+MERGE_WAIT = timedelta(minutes=1)
+"""How long a delete waits for other merges on its storage; then it is the next run's debt."""
 
 
 @dataclass
@@ -31,8 +35,9 @@ class Pruner:
     """Carries out deletes; errors of the hypervisor become events. Safe to call from several threads."""
 
     hypervisor: Hypervisor
-    intents: FreezeIntents
     gates: StorageGates
+    current: Callable[[Pair], Policy | None]
+    """Returns the policy as it is now configured, None if the pair is gone."""
     publish: Publish
     clock: Callable[[], datetime]
     stopwatch: Callable[[], float]
@@ -49,11 +54,7 @@ class Pruner:
 
     def prune(self, pair: Pair, deletes: Sequence[Delete], blocked: Sequence[Blocked]) -> tuple[int, int]:
         """Carry out a plan's deletes after its take; return how many were deleted and how many wait."""
-        if self.intents.exists(pair.name.domain_uuid):
-            # A guest that may be frozen is not worked on further; what was to be deleted is the next run's debt.
-            done, left = 0, [Blocked(d.snapshot, BlockReason.FAILED, "the guest may be frozen") for d in deletes]
-        else:
-            done, left = self.delete(pair, deletes)
+        done, left = self.delete(pair, deletes)
         return done, self.report(pair, [*blocked, *left])
 
     def report(self, pair: Pair, blocked: Sequence[Blocked]) -> int:
@@ -89,23 +90,73 @@ class Pruner:
     def _delete_one(self, pair: Pair, step: Delete) -> Blocked | None:
         """Delete one snapshot, if it still may go; return what is in the way now."""
         domain = self.hypervisor.domain(pair.name.domain_uuid)
-        with self.gates.hold(merge_folders(domain), heavy=True) as waited:
-            if waited:
-                domain = self.hypervisor.domain(domain.uuid)
-            obstacle = self._changed(pair, domain, step.snapshot)
-            if obstacle:
-                return obstacle
-            started = self.stopwatch()
-            self.hypervisor.delete_snapshot(domain.uuid, step.snapshot)
-            duration = self.stopwatch() - started
-        problem = check_deleted(domain, self.hypervisor.domain(domain.uuid), step.snapshot)
-        if problem:
-            self._distrusted.add(domain.uuid)
-            msg = f"{step.snapshot} was deleted, and afterwards {problem}; look at the domain with `kvmsnapd doctor`"
-            raise HypervisorError(msg, operation="snapshot_delete", domain=domain.name)
+        try:
+            with self.gates.hold(merge_folders(domain), heavy=True, wait=MERGE_WAIT) as waited:
+                if waited:
+                    domain = self.hypervisor.domain(domain.uuid)
+                obstacle = self._changed(pair, domain, step.snapshot) or self._no_space(domain, step.snapshot)
+                if obstacle:
+                    return obstacle
+                started = self.stopwatch()
+                self._merge(domain, step.snapshot)
+                duration = self.stopwatch() - started
+        except StorageBusyError as error:
+            return Blocked(step.snapshot, BlockReason.BUSY, str(error))
+        self._check(domain, step.snapshot)
         self.publish(
             SnapshotDeleted(pair=pair.name, snapshot=step.snapshot, reasons=step.reasons, duration_seconds=duration)
         )
+        return None
+
+    def _merge(self, domain: Domain, name: str) -> None:
+        """Delete, with a note in the snapshot's own description for as long as it may be half merged.
+
+        Whatever is killed meanwhile, it is then known to be no way back any more.
+        """
+        snapshot = next((s for s in domain.snapshots if s.name == name), None)
+        mark = snapshot.mark if snapshot and snapshot.kind is not Kind.INTERNAL else None
+        if mark is None:
+            self.hypervisor.delete_snapshot(domain.uuid, name)
+            return
+        deleting = Deleting(self.clock().replace(microsecond=0))
+        self.hypervisor.describe_snapshot(domain.uuid, name, replace(mark, deleting=deleting))
+        try:
+            self.hypervisor.delete_snapshot(domain.uuid, name)
+        except MergeFailedError:
+            failed = replace(deleting, failed_in=domain.run_id)
+            self.hypervisor.describe_snapshot(domain.uuid, name, replace(mark, deleting=failed))
+            raise
+        except DomainBusyError:
+            self.hypervisor.describe_snapshot(domain.uuid, name, mark)  # not begun: as good as before
+            raise
+
+    def _check(self, domain: Domain, name: str) -> None:
+        """Raise unless the domain is as it was but for this snapshot; a person may be at work, so look twice."""
+        if not check_deleted(domain, self.hypervisor.domain(domain.uuid), name):
+            return
+        problem = check_deleted(domain, self.hypervisor.domain(domain.uuid), name)
+        if problem:
+            self._distrusted.add(domain.uuid)
+            msg = f"{name} was deleted, and afterwards {problem}; look at the domain with `kvmsnapd doctor`"
+            raise HypervisorError(msg, operation="snapshot_delete", domain=domain.name)
+
+    def _no_space(self, domain: Domain, name: str) -> Blocked | None:
+        """Return that a merge would meet a full disk, None if what it moves has room where it goes."""
+        snapshot = next((s for s in domain.snapshots if s.name == name), None)
+        if snapshot is None or not snapshot.overlays:
+            return None
+        lower = dict(snapshot.covers)
+        need: Counter[str] = Counter()
+        for target, allocated in self.hypervisor.allocated(snapshot.overlays).items():
+            need[lower.get(target, "").rpartition("/")[0]] += allocated
+        free = self.hypervisor.storage(domain, [folder for folder in need if folder]).free_bytes
+        for folder, count in need.items():
+            if folder in free and count > free[folder]:
+                detail = (
+                    f"merging it may need {count / 2**20:.0f} MiB in {folder}, and {free[folder] / 2**20:.0f} MiB are "
+                    "free; a merge that meets a full disk may lose data"
+                )
+                return Blocked(name, BlockReason.SPACE, detail)
         return None
 
     def _changed(self, pair: Pair, domain: Domain, name: str) -> Blocked | None:
@@ -119,7 +170,10 @@ class Pruner:
         # With the slot that is due now, if it still is: then room is made for it.
         upcoming = due_for(domain, pair.policy, now).slot
         released = {v.point.name for v in judge(domain, pair.policy, now=now, upcoming=upcoming) if not v.keep}
-        if name not in released or name == newest_of(domain, pair.policy, now=now):
+        half = {snapshot.name for snapshot in domain.half_deleted(pair.policy.name)}
+        if self.current(pair) != pair.policy:
+            return Blocked(name, BlockReason.CHANGED, "the policy was changed meanwhile")
+        if name not in released | half or name == newest_of(domain, pair.policy, now=now):
             return Blocked(name, BlockReason.CHANGED, f"somebody changed the snapshots meanwhile, and {name} is wanted")
         if domain.state is DomainState.UNSETTLED:
             return Blocked(name, BlockReason.CHANGED, f"the domain is {domain.state_detail} now")
@@ -137,4 +191,6 @@ def merge_folders(domain: Domain) -> list[str]:
     """Return the folders in which a delete moves data; none if all snapshots are internal."""
     if all(snapshot.kind is Kind.INTERNAL for snapshot in domain.snapshots):
         return []
-    return [str(PurePosixPath(disk.path).parent) for disk in domain.disks if disk.holds_state and disk.path]
+    files = [disk.path for disk in domain.disks if disk.holds_state and disk.path]
+    files += [path for snapshot in domain.snapshots for _, path in snapshot.covers if path.startswith("/")]
+    return list(dict.fromkeys(path.rpartition("/")[0] for path in files))

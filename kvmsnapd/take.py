@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from kvmsnapd.errors import (
     DomainBusyError,
+    FreezeRefusedError,
     GuestAgentRefusedError,
     GuestAgentUnavailableError,
     GuestFrozenError,
@@ -60,6 +61,8 @@ class Taker:
                 if existing and existing.mark:  # ours: for a person's snapshot of this name it would be None
                     return existing.name
             unknown = isinstance(error, HypervisorUnreachableError)
+            if request.quiesce and not unknown and self.intents.exists(request.domain_uuid):
+                self.thawer.thaw(request.domain_uuid)
             if unknown or isinstance(error, SnapshotExistsError):
                 self._use_up(pair, request)
             state = "whether it was taken is not known yet and will be looked up" if unknown else "none was taken"
@@ -78,7 +81,7 @@ class Taker:
             self.publish(GuestFrozen(pair=pair.name, error=str(error)))
             problem: GuestAgentUnavailableError = error
         except GuestAgentUnavailableError as error:
-            self._settle(pair, request, error)
+            self._after_failed_freeze(pair, request, error)
             problem = error
         if pair.policy.consistency is not ConsistencyRule.FILESYSTEM_PREFERRED:
             raise problem
@@ -96,7 +99,7 @@ class Taker:
                 raise
             return ()  # it is there, and too old or not allowed to tell
 
-    def _settle(self, pair: Pair, request: TakeRequest, error: GuestAgentUnavailableError) -> None:
+    def _after_failed_freeze(self, pair: Pair, request: TakeRequest, error: GuestAgentUnavailableError) -> None:
         """Thaw after a freeze that failed; raise if libvirt has changed the domain nevertheless."""
         if self.intents.exists(request.domain_uuid):
             self.thawer.thaw(request.domain_uuid)
@@ -129,16 +132,13 @@ class Taker:
         guarding = request.quiesce and self.intents.record(request.domain_uuid)
         try:
             snapshot = self.hypervisor.take_snapshot(request)
-        except (HypervisorUnreachableError, GuestAgentUnavailableError) as error:
-            # No answer from libvirt, or none from the agent, which may still carry out the freeze it was sent (measured
-            # on libvirt 9.0 and 11.3: error 86 or 112, and the guest was frozen once its agent woke up).
-            if guarding and isinstance(error, GuestFrozenError):
+        except (GuestFrozenError, FreezeRefusedError):
+            if guarding:  # nothing was frozen by us
                 self.intents.clear(request.domain_uuid)
             raise
-        except HypervisorError:
-            if guarding:
-                self.intents.clear(request.domain_uuid)
-            raise
+        # After any other error the intent stays until a thaw has ended it. libvirt thaws by itself, but does not tell
+        # when that failed; and an agent that did not answer may still carry out the freeze it was sent (measured on
+        # libvirt 9.0 and 11.3: error 86 or 112, and the guest was frozen once its agent woke up).
         if guarding:
             self.intents.clear(request.domain_uuid)
         duration = self.stopwatch() - started

@@ -42,9 +42,12 @@ class Thawer:
             # A guest that does not run is not frozen; a later start begins thawed.
             if self.hypervisor.domain(uuid).state is not DomainState.SHUT_OFF:
                 self.hypervisor.thaw(uuid)
-        except (DomainNotFoundError, GuestAgentRefusedError):
-            pass  # gone; or its agent answers and has no thaw, so it had no freeze to carry out either
+        except DomainNotFoundError:
+            pass  # gone
         except HypervisorError as error:
+            if isinstance(error, GuestAgentRefusedError) and self._knows_itself_thawed(uuid):
+                self.intents.clear(uuid)  # its agent has no thaw, and answers as one does that is not frozen
+                return
             if self._not_thawed.get(uuid) != str(error):
                 self._not_thawed[uuid] = str(error)
                 self.publish(ThawFailed(domain_uuid=uuid, error=str(error)))
@@ -52,3 +55,11 @@ class Thawer:
         self._not_thawed.pop(uuid, None)
         self.intents.clear(uuid)
         self.publish(DomainThawed(domain_uuid=uuid))
+
+    def _knows_itself_thawed(self, uuid: str) -> bool:
+        """Ask the agent what a frozen one refuses to answer."""
+        try:
+            self.hypervisor.filesystems(uuid)
+        except HypervisorError:
+            return False
+        return True

@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+from kvmsnapd.disks import covered
 from kvmsnapd.model import DomainState, Kind
 
 if TYPE_CHECKING:
@@ -29,13 +30,12 @@ def find_unchanged(domain: Domain, policy: Policy, storage: Storage) -> Snapshot
     newest = max(own, key=lambda entry: entry[:2], default=(None, 0, None))[2]
     if newest is None or not newest.offline or newest.kind is not policy.kind:
         return None
-    disks = [disk for disk in domain.disks if disk.holds_state and not policy.disks.excludes(domain, disk)]
+    disks = covered(domain, policy)
     if policy.kind is Kind.INTERNAL:
-        same = {target for target, _ in newest.covers} == {disk.target for disk in domain.disks if disk.path}
+        same = dict(newest.covers) == {disk.target: disk.path for disk in domain.disks if disk.path}
         untouched = all(_untouched(disk.path, newest, storage) for disk in disks)
         return newest if disks and same and untouched else None
-    covered = {target for target, _ in newest.overlays}
-    if not disks or covered != {disk.target for disk in disks}:
+    if not disks or {target for target, _ in newest.overlays} != {disk.target for disk in disks}:
         return None
     return newest if all(_same(domain, disk, newest, storage) for disk in disks) else None
 

@@ -20,7 +20,7 @@ from kvmsnapd.model import Capabilities, Disk, DomainState, Inventory, Kind, Lay
 from kvmsnapd.naming import format_description, parse_mark
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator
+    from collections.abc import Callable, Collection, Iterable, Iterator
 
     from kvmsnapd.model import Domain, Mark, TakeRequest
 
@@ -87,6 +87,11 @@ class FakeHypervisor:
     def files(self, folder: str) -> tuple[Layer, ...]:
         """See the port."""
         return tuple(layer for path, layer in self.stored.layers.items() if path.rpartition("/")[0] == folder)
+
+    def allocated(self, overlays: Iterable[tuple[str, str]]) -> dict[str, int]:
+        """See the port."""
+        found = {target: self.stored.layers.get(path) for target, path in overlays}
+        return {target: layer.allocated for target, layer in found.items() if layer and layer.allocated is not None}
 
     def filesystems(self, domain_uuid: str) -> tuple[str, ...]:
         """See the port."""

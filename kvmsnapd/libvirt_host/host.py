@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -24,7 +25,7 @@ from kvmsnapd.libvirt_host.translate import translated_errors
 from kvmsnapd.model import Domain, DomainState, Inventory, Kind, Snapshot, Storage
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Iterable, Mapping
 
     from kvmsnapd.model import Capabilities, Layer, Mark, TakeRequest
 
@@ -134,6 +135,7 @@ class LibvirtHost:
                 managed_save=bool(handle.hasManagedSaveImage(0)),
                 agent_connected=document.agent_connected,
                 memory_bytes=document.memory_bytes,
+                run_id=None if state is DomainState.SHUT_OFF else handle.ID(),
             )
 
     def storage(self, domain: Domain, folders: Collection[str]) -> Storage:
@@ -147,6 +149,13 @@ class LibvirtHost:
                 if disk.holds_state and disk.path:
                     layers.update((layer.path, layer) for layer in self._pools.chain(disk.path))
         return Storage({folder: count for folder, count in free.items() if count is not None}, layers)
+
+    def allocated(self, overlays: Iterable[tuple[str, str]]) -> Mapping[str, int]:
+        """See the port."""
+        if not self.capabilities().storage_api:
+            return {}
+        found = {target: self._pools.layer(path) for target, path in overlays}
+        return {target: layer.allocated for target, layer in found.items() if layer and layer.allocated is not None}
 
     def files(self, folder: str) -> tuple[Layer, ...]:
         """See the port."""
@@ -164,7 +173,7 @@ class LibvirtHost:
     def take_snapshot(self, request: TakeRequest) -> Snapshot:
         """See the port; the ways to take one are in :mod:`.take`."""
         with translated_errors("snapshot_create", domain=request.domain_name):
-            return take_snapshot(self._writing.get(), self._pools, request)
+            return take_snapshot(self._writing, self._pools, request)
 
     def describe_snapshot(self, domain_uuid: str, name: str, mark: Mark) -> None:
         """See the port. REDEFINE keeps parent, children and `current`; without SECURE passwords would be lost."""
@@ -184,7 +193,8 @@ class LibvirtHost:
                 memory_file = parse_snapshot(snapshot.getXMLDesc(0)).memory_file
                 snapshot.delete(0)
                 if memory_file:  # libvirt 9.0 leaves it behind (measured); 11.3 does not
-                    self._pools.remove(memory_file)
+                    with suppress(HypervisorError):  # the snapshot is gone all the same; doctor names the file
+                        self._pools.remove(memory_file)
         except SnapshotNotFoundError:
             return
 

@@ -38,6 +38,7 @@ class StoragePools:
         self._local = urlsplit(connection.uri).netloc == ""
         self._made: set[str] = set()
         self._lock = threading.Lock()
+        self._folder_locks: dict[str, threading.Lock] = {}
 
     def free_bytes(self, folder: str) -> int | None:
         """Return what is free in a folder for others than root, freshly read; None if that cannot be known.
@@ -158,7 +159,9 @@ class StoragePools:
         if not folder.startswith("/") or folder.startswith("/dev/") or folder == "/dev":
             return None
         connection = self._connection.get()
-        with self._lock:  # two pools of one folder are refused
+        with self._lock:
+            folder_lock = self._folder_locks.setdefault(folder, threading.Lock())
+        with folder_lock:  # two pools of one folder are refused
             try:
                 return connection.storagePoolLookupByTargetPath(folder)
             except libvirt.libvirtError as error:
@@ -201,4 +204,5 @@ def _parse_volume(text: str) -> Layer:
         path=root.findtext("target/path") or root.findtext("key") or "",
         changed_at=datetime.fromtimestamp(float(changed), UTC) if changed else None,
         backing=root.findtext("backingStore/path"),
+        allocated=int(root.findtext("allocation", "0")),
     )

@@ -9,18 +9,19 @@ import threading
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import libvirt
 
 from kvmsnapd.domain_xml import format_request, parse_domain, parse_snapshot, with_files_for_volumes
-from kvmsnapd.errors import DomainBusyError, SnapshotExistsError
+from kvmsnapd.errors import DomainBusyError, HypervisorError, SnapshotExistsError, StorageFullError
 from kvmsnapd.libvirt_host.translate import broken_connection
 from kvmsnapd.model import Consistency, Kind
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from kvmsnapd.libvirt_host.connection import Connection
     from kvmsnapd.libvirt_host.storage import StoragePools
     from kvmsnapd.model import Disk, Snapshot, TakeRequest
 
@@ -38,22 +39,29 @@ _RAM_BYTES_PER_SECOND = 50e6
 _EVENT_LATE_SECONDS = 0.5
 """The event of the guest's awakening may come after the call's answer (measured: 85 ms)."""
 
+_FIRST_DOWNTIME_MS = 300
+"""What QEMU takes by itself."""
+
+_PATIENT_SECONDS = 10.0
+_LOOK_SECONDS = 1.0
+
 _LONGEST_DOWNTIME_MS = 2_000_000
 """QEMU takes no more."""
 
 
-def take_snapshot(connection: Any, pools: StoragePools, request: TakeRequest) -> Snapshot:  # noqa: ANN401
+def take_snapshot(writing: Connection, pools: StoragePools, request: TakeRequest) -> Snapshot:
     """Take one snapshot; raises libvirt's own errors, which the caller translates.
 
     Source of the flags: virDomainSnapshotCreateXML. ATOMIC: all disks or none. DISK_ONLY is always said for external
     ones without RAM: otherwise libvirt 9.0 demands an internal snapshot of a shut-off domain. QUIESCE requires
     DISK_ONLY. LIVE: the guest runs on while its RAM is saved.
     """
+    connection = writing.get()
     handle = connection.lookupByUUIDString(request.domain_uuid)
     if request.mark.kind is Kind.INTERNAL:
         return _create(handle, request, 0)
     if request.memory_file:
-        return _take_with_memory(connection, handle, pools, request)
+        return _take_with_memory(writing, handle, pools, request)
     flags = libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_ATOMIC | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY
     if request.mark.consistency is Consistency.OFFLINE:
         return _take_offline(connection, handle, pools, request, flags)
@@ -99,17 +107,17 @@ def _take_offline(
             if below.path and pools.create_overlay(path, below=below.path, below_format=below.format):
                 made[target] = path
         if len(made) == len(request.overlays):
-            return _settle(handle, pools, disks, made, _create(handle, request, flags | _REUSE))
+            return _repair(handle, pools, disks, made, _create(handle, request, flags | _REUSE))
         _discard(handle, pools, made)  # the flag is for all disks or none
         made = {}
-        return _settle(handle, pools, disks, made, _create(handle, request, flags))
+        return _repair(handle, pools, disks, made, _create(handle, request, flags))
     except BaseException as error:
         if not broken_connection(error):  # else libvirt may have gone on, and uses them
             _discard(handle, pools, made)
         raise
 
 
-def _settle(
+def _repair(
     handle: Any,  # noqa: ANN401
     pools: StoragePools,
     disks: dict[str, Disk],
@@ -124,7 +132,9 @@ def _settle(
         if target not in volumes and now and now != disks[target].path and not handle.isActive():
             # Somebody took a snapshot since we looked, and ours, still empty, names the file below that one's overlay.
             pools.remove(path)
-            pools.create_overlay(path, below=now, below_format="qcow2")
+            if not pools.create_overlay(path, below=now, below_format="qcow2"):
+                msg = f"the overlay {path} could not be made anew on {now}, and the domain needs it to start"
+                raise HypervisorError(msg, operation="snapshot_create", domain=handle.name())
     if not volumes:
         return snapshot
     # libvirt compares a covered disk of type volume with the file that it has become, and would never delete the
@@ -151,51 +161,75 @@ def _discard(handle: Any, pools: StoragePools, made: dict[str, str]) -> None:  #
             pools.remove(path)
 
 
-def _take_with_memory(connection: Any, handle: Any, pools: StoragePools, request: TakeRequest) -> Snapshot:  # noqa: ANN401
+def _take_with_memory(writing: Connection, handle: Any, pools: StoragePools, request: TakeRequest) -> Snapshot:  # noqa: ANN401
     """Take an external snapshot with RAM while the guest runs on, and tell how long it stood still in the end.
 
-    The pause is asked for as the downtime of a migration, which QEMU keeps roughly (300 ms asked: 0.2 to 1.7 s). A save
-    that does not come to an end, since the guest writes too fast, is given up; libvirt then leaves nothing behind.
+    QEMU stops the guest as soon as it expects to write the rest within the downtime it is given, and keeps that only
+    roughly (300 ms given: 0.2 to 1.7 s). So it is given little at first, and the request's longest pause when the guest
+    writes too fast for that. A save that comes to no end, or would fill the storage, is given up; libvirt then leaves
+    nothing behind.
     """
     path = request.memory_file or ""
     # libvirt writes over an existing memory file without a word.
     if pools.layer(path) is not None:
         msg = f"the file for the guest's RAM, {path}, already exists"
         raise SnapshotExistsError(msg, operation="snapshot_create", domain=request.domain_name)
-    deadline = 30 + handle.info()[2] * 1024 / _RAM_BYTES_PER_SECOND
     flags = libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_ATOMIC | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_LIVE
-    watchdog = threading.Timer(deadline, _abort, args=(handle,))
-    watchdog.daemon = True
-    with _downtime(handle, request):
-        watchdog.start()
-        try:
-            with _pauses(connection, handle) as paused:
-                snapshot = _create(handle, request, flags)
-        except libvirt.libvirtError as error:
-            if error.get_error_code() != libvirt.VIR_ERR_OPERATION_ABORTED:
-                raise
-            msg = f"given up after {deadline:.0f} s: the guest writes to its RAM faster than it can be saved"
-            raise DomainBusyError(msg, operation="snapshot_create", domain=request.domain_name) from error
-        finally:
-            watchdog.cancel()
+    before = handle.migrateGetMaxDowntime(0)
+    longest = max(1, min(round(request.max_pause_seconds * 1000), _LONGEST_DOWNTIME_MS))
+    handle.migrateSetMaxDowntime(min(longest, _FIRST_DOWNTIME_MS), 0)
+    watch = _SaveWatch(writing, pools, request, handle.info()[2] * 1024, longest)
+    try:
+        with _pauses(writing.get(), handle) as paused, watch:
+            snapshot = _create(handle, request, flags)
+    except libvirt.libvirtError as error:
+        if watch.given_up is None:
+            raise
+        kind = StorageFullError if watch.full else DomainBusyError
+        raise kind(watch.given_up, operation="snapshot_create", domain=request.domain_name) from error
+    finally:
+        with suppress(libvirt.libvirtError):  # the setting outlives the call; the domain may have been shut off since
+            handle.migrateSetMaxDowntime(before, 0)
     return replace(snapshot, paused_seconds=sum(paused))
 
 
-@contextmanager
-def _downtime(handle: Any, request: TakeRequest) -> Iterator[None]:  # noqa: ANN401
-    """Ask QEMU for the request's longest pause; the setting outlives the call, so the one before is put back."""
-    before = handle.migrateGetMaxDowntime(0)
-    handle.migrateSetMaxDowntime(max(1, min(round(request.max_pause_seconds * 1000), _LONGEST_DOWNTIME_MS)), 0)
-    try:
-        yield
-    finally:
-        with suppress(libvirt.libvirtError):  # it may have been shut off since; the snapshot is there nevertheless
-            handle.migrateSetMaxDowntime(before, 0)
+class _SaveWatch:
+    """Watches a save of RAM from a thread of its own, which uses a connection of its own."""
 
+    def __init__(self, writing: Connection, pools: StoragePools, request: TakeRequest, ram: int, longest: int) -> None:
+        self._writing, self._pools, self._request, self._longest = writing, pools, request, longest
+        self._deadline = 30 + ram / _RAM_BYTES_PER_SECOND
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="ram-save", daemon=True)
+        self.given_up: str | None = None
+        self.full = False
 
-def _abort(handle: Any) -> None:  # noqa: ANN401
-    with suppress(libvirt.libvirtError):  # it ended in this very moment
-        handle.abortJob()
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+
+    def _watch(self) -> None:
+        started = time.monotonic()
+        raised = False
+        folder = (self._request.memory_file or "").rpartition("/")[0]
+        while not self._ended.wait(_LOOK_SECONDS):
+            with suppress(libvirt.libvirtError, HypervisorError):  # it has ended in this very moment, or is lost
+                handle = self._writing.get().lookupByUUIDString(self._request.domain_uuid)
+                free, took = self._pools.free_bytes(folder), time.monotonic() - started
+                self.full = free is not None and free < self._request.min_free_bytes
+                if self.full:
+                    self.given_up = f"given up: the RAM would leave less than min_free in {folder}"
+                elif took > self._deadline:
+                    self.given_up = f"given up after {took:.0f} s: the guest writes to its RAM faster than it is saved"
+                if self.given_up:
+                    handle.abortJob()
+                    return
+                if not raised and took > _PATIENT_SECONDS:
+                    handle.migrateSetMaxDowntime(self._longest, 0)
+                    raised = True
 
 
 @contextmanager

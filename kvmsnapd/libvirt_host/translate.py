@@ -10,11 +10,13 @@ import libvirt
 from kvmsnapd.errors import (
     DomainBusyError,
     DomainNotFoundError,
+    FreezeRefusedError,
     GuestAgentRefusedError,
     GuestAgentUnavailableError,
     GuestFrozenError,
     HypervisorError,
     HypervisorUnreachableError,
+    MergeFailedError,
     SnapshotExistsError,
     SnapshotNotFoundError,
     StorageFullError,
@@ -72,10 +74,14 @@ def translated_errors(operation: str, *, domain: str | None = None) -> Iterator[
             kind = GuestAgentRefusedError  # before libvirt 11.2 the agent's own error has no number (measured, 9.0)
         elif code in _EXISTS and "already exists" in str(error):
             kind = SnapshotExistsError
+        elif "block commit failed" in str(error):
+            kind = MergeFailedError
         elif "No space left on device" in str(error):
             kind = StorageFullError  # in the words of whichever program met it: it has no number of its own
         else:
             kind = _ERRORS.get(code, HypervisorError)
+        if kind is GuestAgentRefusedError and "guest-fsfreeze-freeze" in str(error):
+            kind = FreezeRefusedError
         words = (error.get_error_message() or str(error)).strip().rstrip(".")
         message = f"{words} (libvirt error {code})"
         raise kind(message, operation=operation, domain=domain, code=code) from error

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 import pytest
 
 from kvmsnapd.demo import write_test_host
-from kvmsnapd.errors import DomainNotFoundError, HypervisorUnreachableError, SnapshotExistsError
+from kvmsnapd.errors import DomainNotFoundError, HypervisorUnreachableError, SnapshotExistsError, SnapshotNotFoundError
 from kvmsnapd.libvirt_host import LibvirtHost
-from kvmsnapd.model import Capabilities, Consistency, Domain, DomainState, Kind, TakeRequest
+from kvmsnapd.model import Capabilities, Consistency, Domain, DomainState, Kind, TakeRequest, Unchanged
 from kvmsnapd.policy import ConsistencyRule
 from kvmsnapd.preflight import plan_take
 from tests.builders import a_domain, a_policy
@@ -225,3 +226,56 @@ def test_a_libvirt_that_is_not_there_is_unreachable(tmp_path: Path) -> None:
     for call in (host.capabilities, host.inventory, lambda: host.domain(NOWHERE), lambda: host.thaw(NOWHERE)):
         with pytest.raises(HypervisorUnreachableError, match="cannot reach libvirt at"):
             call()
+
+
+def test_a_description_is_rewritten_and_nothing_else_changes(ground: Ground) -> None:
+    names = [ground.take(number) for number in range(3)]
+    before = ground.domain.snapshots
+    (middle,) = (s for s in before if s.name == names[1])
+    assert middle.mark is not None
+    mark = replace(middle.mark, unchanged=Unchanged(SLOT + timedelta(hours=5), SLOT + timedelta(hours=5, minutes=1)))
+    ground.hypervisor.describe_snapshot(ground.uuid, middle.name, mark)
+    expected = {s.name: replace(s, mark=mark) if s.name == middle.name else s for s in before}
+    assert {s.name: s for s in ground.domain.snapshots} == expected
+    (inventory,) = (d for d in ground.hypervisor.inventory() if d.uuid == ground.uuid)
+    assert {s.name: s for s in inventory.snapshots} == expected
+    assert ground.names == names
+    # What follows goes on from there as if nothing had been.
+    names.append(ground.take(3))
+    assert ground.names == names
+
+
+def test_a_snapshot_that_is_gone_cannot_be_described(ground: Ground) -> None:
+    request = ground.request()
+    with pytest.raises(SnapshotNotFoundError):
+        ground.hypervisor.describe_snapshot(ground.uuid, request.name, request.mark)
+
+
+def test_the_file_below_an_overlay_is_told_right_after_a_delete_as_well(ground: Ground) -> None:
+    if ground.kind is Kind.INTERNAL:
+        return
+    (base,) = {disk.path for disk in ground.domain.disks[:1]}
+    first, second = ground.take(0), ground.take(1)
+    if ground.runs or ground.hypervisor.capabilities().delete_external_in_chain_offline:
+        ground.hypervisor.delete_snapshot(ground.uuid, first)
+        (left,) = (s for s in ground.domain.snapshots if s.name == second)
+        assert dict(left.covers)["vda"] == base
+
+
+def test_free_space_is_told_of_folders_and_layers_of_a_shut_off_domain(ground: Ground) -> None:
+    ground.take(0)
+    folder = str(PurePosixPath(ground.domain.disks[0].path or "").parent)
+    seen = ground.hypervisor.storage(ground.domain, [folder])
+    if not ground.hypervisor.capabilities().storage_api or isinstance(ground.hypervisor, FakeHypervisor):
+        return
+    assert seen.free_bytes[folder] > 0
+    if ground.runs:
+        assert seen.layers == {}
+    elif ground.kind is Kind.EXTERNAL:
+        active = seen.layers[ground.domain.disks[0].path or ""]
+        assert active.backing in seen.layers
+
+
+def test_an_agent_says_what_it_would_freeze(ground: Ground) -> None:
+    if ground.domain.agent_connected:
+        assert ground.hypervisor.filesystems(ground.uuid)

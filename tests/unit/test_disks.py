@@ -369,7 +369,13 @@ def test_the_overlays_of_a_network_disk_are_in_the_overlay_directory() -> None:
 
 
 def test_a_snapshot_of_another_disk_says_nothing_about_this_ones_source() -> None:
-    older = replace(a_snapshot(), covers=(("vdb", "/scratch/x"),))
+    older = replace(a_snapshot(), covers=(("vdb", "/scratch/x"),), overlays=(("vdb", a_disk("vdb").path or ""),))
     domain = a_domain(older, disks=(a_disk("vda"), a_disk("vdb")))
     selection = DiskSelection(exclude=("/scratch/*",))
     assert [selection.excludes(domain, disk) for disk in domain.disks] == [False, True]
+
+
+def test_another_disk_that_takes_the_name_of_an_excluded_one_is_covered() -> None:
+    older = replace(a_snapshot(), covers=(("vdb", "/scratch/x"),), overlays=(("vdb", "/scratch/x.1"),))
+    domain = a_domain(older, disks=(a_disk("vda"), a_disk("vdb", path="/images/database.qcow2")))
+    assert not DiskSelection(exclude=("/scratch/*",)).excludes(domain, domain.disks[1])

@@ -360,7 +360,7 @@ def test_another_snapshot_that_is_gone_too_is_told(position: int) -> None:
     for lost in after.snapshots:
         left = tuple(snapshot for snapshot in after.snapshots if snapshot is not lost)
         assert check_deleted(before, replace(after, snapshots=left), name) == (
-            f"snapshot {lost.name!r} lost its place in the tree"
+            f"snapshot {lost.name!r} is gone as well"
         )
 
 
@@ -369,7 +369,7 @@ def test_a_snapshot_with_another_parent_than_it_has_to_have_is_told(parent: str 
     before, after, name = after_deleting(1)
     first, last = after.snapshots
     moved = replace(after, snapshots=(first, replace(last, parent=parent)))
-    assert check_deleted(before, moved, name) == f"snapshot {last.name!r} lost its place in the tree"
+    assert check_deleted(before, moved, name) == f"snapshot {last.name!r} has another parent than before"
 
 
 def test_a_snapshot_that_a_person_took_meanwhile_is_nothing_to_complain_of() -> None:
@@ -421,4 +421,4 @@ def test_of_an_internal_snapshot_the_tree_alone_is_looked_at() -> None:
     first, second = hourly_snapshots(2, kind=Kind.INTERNAL)
     before = a_domain(first, second)
     assert check_deleted(before, a_domain(replace(second, parent=None), disks=()), first.name) is None
-    assert check_deleted(before, a_domain(), first.name) == f"snapshot {second.name!r} lost its place in the tree"
+    assert check_deleted(before, a_domain(), first.name) == f"snapshot {second.name!r} is gone as well"
