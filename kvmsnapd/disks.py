@@ -84,55 +84,51 @@ def data_folders(domain: Domain, policy: Policy) -> tuple[str, ...]:
 
 def overlay_path(domain: Domain, disk: Disk, policy: Policy, snapshot_name: str) -> str:
     """Return the file that receives the disk's writes from this snapshot on."""
-    return f"{_folder(disk, policy)}/{_stem(domain)}.{disk.target}.{snapshot_name}.qcow2"
+    return f"{_folder(disk, policy)}/{file_stem(domain)}.{disk.target}.{snapshot_name}.qcow2"
 
 
 def memory_path(domain: Domain, disk: Disk, policy: Policy, snapshot_name: str) -> str:
     """Return the file for the guest's RAM, in the folder that the overlay of this disk goes to."""
-    return f"{_folder(disk, policy)}/{_stem(domain)}.{snapshot_name}.mem"
+    return f"{_folder(disk, policy)}/{file_stem(domain)}.{snapshot_name}.mem"
 
 
 def _folder(disk: Disk, policy: Policy) -> str:
     return (policy.overlay_directory or str(PurePosixPath(disk.path or "").parent)).rstrip("/")
 
 
-def _stem(domain: Domain) -> str:
+def file_stem(domain: Domain) -> str:
+    """Return the word that the names of all files made for the domain begin with."""
     stem = re.sub(r"[^A-Za-z0-9._-]", "_", domain.name)[:100]
     # With the UUID where two domains could otherwise be spelled alike.
     return stem if stem == domain.name else f"{stem}-{domain.uuid[:8]}"
 
 
 def _external_fault(domain: Domain, disk: Disk, policy: Policy) -> str | None:
-    if disk.transient:
-        return "is transient"
-    if disk.shareable:
-        return "is shared with other domains"
     if disk.device == "lun":
         return "is a SCSI device passed through"
     if disk.source_type == "network" and domain.state is DomainState.SHUT_OFF:
         return "is of type network, which libvirt covers while the domain runs"
     if disk.source_type in {"block", "network"} or (disk.path or "").startswith("/dev/"):
-        return (
-            None if policy.overlay_directory else f"is of type {disk.source_type}: set overlay_directory in the policy"
-        )
+        missing = f"is of type {disk.source_type}: set overlay_directory in the policy"
+        return _common_fault(disk) or (None if policy.overlay_directory else missing)
     if disk.source_type not in {"file", "volume"} or not disk.path:
         return f"is of type {disk.source_type}, not a file or block device"
-    return None
+    return _common_fault(disk)
 
 
 def _internal_fault(disk: Disk, capabilities: Capabilities) -> str | None:
-    if disk.device == "floppy" and not disk.path:
-        return None  # an empty drive holds nothing
-    if disk.transient:
-        return "is transient"
-    if disk.shareable:
-        return "is shared with other domains"
+    if disk.device == "floppy":
+        return "is a floppy: take it out, or make it read-only" if disk.path else None  # an empty drive holds nothing
     if disk.left_out:
         return "is left out by snapshot='no' in the domain's XML"
     if disk.source_type == "network":
         return "is of type network"
-    if disk.device == "floppy":
-        return "is a floppy: take it out, or make it read-only"
     if disk.format != "qcow2" and capabilities.internal_needs_qcow2:
-        return f"has format {disk.format}, not qcow2"
-    return None
+        return _common_fault(disk) or f"has format {disk.format}, not qcow2"
+    return _common_fault(disk)
+
+
+def _common_fault(disk: Disk) -> str | None:
+    if disk.transient:
+        return "is transient"
+    return "is shared with other domains" if disk.shareable else None

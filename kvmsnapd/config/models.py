@@ -219,7 +219,8 @@ class PolicySettings(_Section):
     max_pause: Annotated[Duration, AfterValidator(_positive)] = Field(
         default=timedelta(seconds=10), json_schema_extra={"default": "10s"}
     )
-    """How long saving RAM may stop a guest. Refuses an internal snapshot of a guest with too much RAM."""
+    """How long saving RAM may stop a guest: an internal snapshot of one with too much RAM is refused; with memory: live
+    QEMU is asked to keep to it, which it does roughly."""
     catch_up: Literal["once", "skip"] = "once"
     """After missed runs: once takes one snapshot at once, skip waits for the next scheduled time."""
     splay: Duration | None = None
@@ -228,7 +229,8 @@ class PolicySettings(_Section):
     """Age of the newest snapshot that means trouble; by default twice the longest interval of the schedule, and the
     splay."""
     max_deletes_per_run: Annotated[Number, Field(ge=1)] = 10
-    """The fuse: a run that would delete more than this from one domain deletes nothing and reports it."""
+    """The fuse: a run that releases more than this at once, beyond what had to wait before, deletes nothing and reports
+    it."""
     max_chain_depth: Annotated[Number, Field(ge=1, le=150)] = 16
     """No external snapshot is taken when the backing chain is this deep, foreign overlays included."""
     min_free: Annotated[Size, Field(json_schema_extra={"default": "1GiB"})] = ByteSize(1024**3)
