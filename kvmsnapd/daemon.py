@@ -246,7 +246,14 @@ class Daemon:
     def _audit(self, fleet: Fleet, now: datetime) -> None:
         """Report what is wrong, once per connection; a large host takes seconds to read, so beside the tick."""
         try:
-            seen = audit(self._host, fleet, intents=self._intents.outstanding(), now=now)
+            seen = audit(
+                self._host,
+                fleet,
+                intents=self._intents.outstanding,
+                now=now,
+                locks=self._executor.locks,
+                policies=self._config.policies.values(),
+            )
         except HypervisorError as error:
             logging.getLogger(__name__).warning("the audit was cut off: %s", error)
             return

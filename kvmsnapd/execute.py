@@ -156,15 +156,29 @@ class Executor:
         deleted = blocked = 0
         if outcome.result in {Result.TAKEN, Result.UNCHANGED}:
             deleted, blocked = self._pruner.prune(pair, plan.deletes, plan.blocked)
+            if blocked > len(plan.blocked):
+                self._note_debt(pair, outcome.snapshot, blocked - len(plan.blocked))
         elif plan.refusal:
             self._pruner.report(pair, plan.blocked)
         return replace(outcome, deleted=made_room + deleted, blocked=blocked)
+
+    def _note_debt(self, pair: Pair, name: str | None, more: int) -> None:
+        """Write into the newest snapshot's description that more has to wait than was planned."""
+        snapshots = self.hypervisor.domain(pair.name.domain_uuid).snapshots
+        newest = next((s for s in snapshots if s.name == name), None)
+        if newest and newest.mark:
+            mark = replace(newest.mark, owed=newest.mark.owed + more)
+            self.hypervisor.describe_snapshot(pair.name.domain_uuid, newest.name, mark)
 
     def _take(self, pair: Pair, domain: Domain, plan: Plan, request: TakeRequest) -> tuple[Outcome, Plan]:
         """Wait for the storage, then take between the hooks; return how it went and the plan in the end."""
         ram = request.mark.consistency is Consistency.MEMORY
         with self.gates.hold(data_folders(domain, pair.policy), heavy=ram) as waited:
             if waited:
+                policy = self.current(pair)
+                if policy is None:
+                    return Outcome(Result.NOTHING_DUE), plan
+                pair = replace(pair, policy=policy)
                 _, plan = self._plan(pair)
             if plan.take is None:
                 return self._without_take(pair, plan), plan

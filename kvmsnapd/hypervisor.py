@@ -53,8 +53,18 @@ class Hypervisor(Protocol):
     def allocated(self, overlays: Iterable[tuple[str, str]]) -> Mapping[str, int]:
         """Return, by disk target, the bytes these overlays take; those that cannot be told are left out."""
 
-    def files(self, folder: str) -> tuple[Layer, ...]:
-        """Return all files of a folder, as :meth:`storage` does."""
+    def files(self, folder: str) -> tuple[Layer, ...] | None:
+        """Return all files of a folder as they are now; None if they cannot be listed.
+
+        As :meth:`storage` it makes a storage pool where there is none. It cannot list a folder whose pool is not
+        active, one in which somebody just copies a volume, or any while we may only read.
+
+        Raises:
+            HypervisorUnreachableError: as above.
+        """
+
+    def sleeping_pool(self, folder: str) -> str | None:
+        """Return the name of a storage pool that is defined for the folder and not active, None if there is none."""
 
     def filesystems(self, domain_uuid: str) -> tuple[str, ...]:
         """Return the mount points that a freeze of this guest would cover; none if its agent does not know.

@@ -217,6 +217,10 @@ class Domain(Inventory):
     memory_bytes: int = 0
     run_id: int | None = None
     """libvirt's number of this run of the domain, None while it is shut off."""
+    resumable: bool = False
+    """An I/O error or a save that did not finish has paused it: a person may let it go on."""
+    busy: bool = False
+    """libvirt works on it right now: a save, a snapshot, a migration."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -107,6 +107,7 @@ def plan_run(
     refusal = answer if isinstance(answer, Refusal) else None
     upcoming = None if unchanged else due.slot
     verdicts = judge(domain, policy, now=now, upcoming=upcoming)
+    owed_before = _owed(domain, policy)
     deletes, blocked = plan_deletes(
         domain,
         policy,
@@ -114,7 +115,7 @@ def plan_run(
         verdicts,
         take_first=upcoming is not None,
         unwilling=unwilling,
-        owed=_owed(domain, policy),
+        owed=owed_before,
     )
     room: tuple[Delete, ...] = ()
     if refusal and refusal.reason is RefusalReason.CHAIN_FULL:
@@ -124,10 +125,11 @@ def plan_run(
         blocked += tuple(Blocked(delete.snapshot, BlockReason.LONG_PAUSE, pause) for delete in deletes)
         deletes = ()
         room = room if len(room) == 1 else ()  # without any, a full chain would make the pause last for ever
+    owed = owes(blocked, owed_before)
     if take:
-        take = replace(take, mark=replace(take.mark, owed=owes(deletes, blocked)))
+        take = replace(take, mark=replace(take.mark, owed=owed))
     if unchanged:
-        unchanged = replace(unchanged, mark=replace(unchanged.mark, owed=owes(deletes, blocked)))
+        unchanged = replace(unchanged, mark=replace(unchanged.mark, owed=owed))
     if refusal and not room:  # nothing will be taken: the verdicts are those on what exists
         verdicts = judge(domain, policy, now=now)
         released = {verdict.point.name for verdict in verdicts if not verdict.keep}

@@ -191,10 +191,15 @@ def _failed_now(domain: Domain, deleting: Deleting) -> bool:
     return deleting.failed_in is not None and deleting.failed_in == domain.run_id
 
 
-def owes(deletes: Iterable[Delete], blocked: Iterable[Blocked]) -> int:
-    """Return how many released snapshots the next run's fuse does not count again: those that no surprise released."""
+def owes(blocked: Iterable[Blocked], before: int) -> int:
+    """Return how many released snapshots the next run's fuse does not count again.
+
+    Those that wait for something else than the fuse or the end of a pause, and of those that wait for these as many as
+    were owed ``before``.
+    """
     surprising = {BlockReason.FUSE, BlockReason.LONG_PAUSE}
-    return sum(1 for _ in deletes) + sum(wait.reason not in surprising for wait in blocked)
+    surprises = [wait.reason in surprising for wait in blocked]
+    return surprises.count(False) + min(before, surprises.count(True))
 
 
 def _listed(domain: Domain, snapshot: Snapshot) -> bool:
@@ -242,17 +247,15 @@ def check_deleted(before: Domain, after: Domain, name: str) -> str | None:
     if gone.kind is Kind.INTERNAL:
         return None
     own = dict(gone.overlays)
+    # A person may have deleted one of theirs at the same time.
+    merged = {path for s in before.snapshots if s.name not in left for _, path in s.overlays}
     for disk in before.disks:
         now = next((d for d in after.disks if d.target == disk.target), None)
         if now is None:
             return f"disk {disk.target} is gone"
         # The XML of a shut-off domain names no backing chain.
         before_layers, layers = {disk.path, *disk.backing}, {now.path, *now.backing}
-        if (
-            disk.backing
-            and now.backing
-            and (own.get(disk.target) in layers or before_layers - layers - {*own.values()})
-        ):
+        if disk.backing and now.backing and (own.get(disk.target) in layers or before_layers - layers - merged):
             return f"disk {disk.target} now has the layers {', '.join(map(str, (now.path, *now.backing)))}"
     return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -45,6 +46,8 @@ class Pruner:
     _unwilling: dict[str, str] = field(default_factory=dict)
     # Domains that a delete left in another state than it should have: nothing more is deleted there by this process.
     _distrusted: set[str] = field(default_factory=set)
+    # Runs of domains in which a merge failed.
+    _failed_runs: set[tuple[str, int | None]] = field(default_factory=set)
     # Per pair, what had to wait in the run before.
     _reported: dict[str, dict[str, int]] = field(default_factory=dict)
 
@@ -123,8 +126,10 @@ class Pruner:
         try:
             self.hypervisor.delete_snapshot(domain.uuid, name)
         except MergeFailedError:
-            failed = replace(deleting, failed_in=domain.run_id)
-            self.hypervisor.describe_snapshot(domain.uuid, name, replace(mark, deleting=failed))
+            self._failed_runs.add((domain.uuid, domain.run_id))  # the note may not find room on the full disk either
+            with suppress(HypervisorError):
+                failed = replace(deleting, failed_in=domain.run_id)
+                self.hypervisor.describe_snapshot(domain.uuid, name, replace(mark, deleting=failed))
             raise
         except DomainBusyError:
             self.hypervisor.describe_snapshot(domain.uuid, name, mark)  # not begun: as good as before
@@ -166,6 +171,9 @@ class Pruner:
         if domain.uuid in self._distrusted:
             detail = "an earlier delete left the domain in an unforeseen state; see `kvmsnapd doctor`, then restart us"
             return Blocked(name, BlockReason.CHANGED, detail)
+        if domain.run_id is not None and (domain.uuid, domain.run_id) in self._failed_runs:
+            detail = "a merge failed in this run of the guest; shut it down and start it again"
+            return Blocked(name, BlockReason.MERGE_FAILED, detail)
         now = self.clock()
         # With the slot that is due now, if it still is: then room is made for it.
         upcoming = due_for(domain, pair.policy, now).slot

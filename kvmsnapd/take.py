@@ -54,15 +54,16 @@ class Taker:
         try:
             name = self._take_quiesced(pair, request) if request.quiesce else self._take_once(pair, request)
         except HypervisorError as error:
+            unknown = isinstance(error, HypervisorUnreachableError)
+            asked = isinstance(error, GuestAgentUnavailableError)  # then it was thawed, or tried, already
+            if request.quiesce and not unknown and not asked and self.intents.exists(request.domain_uuid):
+                self.thawer.thaw(request.domain_uuid)
             if isinstance(error, SnapshotExistsError):
                 # libvirtd may have finished a call that was cut off on our side after we had listed the snapshots.
                 snapshots = self.hypervisor.domain(request.domain_uuid).snapshots
                 existing = next((s for s in snapshots if s.name == request.name), None)
                 if existing and existing.mark:  # ours: for a person's snapshot of this name it would be None
                     return existing.name
-            unknown = isinstance(error, HypervisorUnreachableError)
-            if request.quiesce and not unknown and self.intents.exists(request.domain_uuid):
-                self.thawer.thaw(request.domain_uuid)
             if unknown or isinstance(error, SnapshotExistsError):
                 self._use_up(pair, request)
             state = "whether it was taken is not known yet and will be looked up" if unknown else "none was taken"

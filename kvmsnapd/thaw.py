@@ -46,7 +46,9 @@ class Thawer:
             pass  # gone
         except HypervisorError as error:
             if isinstance(error, GuestAgentRefusedError) and self._knows_itself_thawed(uuid):
-                self.intents.clear(uuid)  # its agent has no thaw, and answers as one does that is not frozen
+                # Its agent has no thaw, and answers as one does that is not frozen.
+                self._not_thawed.pop(uuid, None)
+                self.intents.clear(uuid)
                 return
             if self._not_thawed.get(uuid) != str(error):
                 self._not_thawed[uuid] = str(error)

@@ -8,7 +8,19 @@ from typing import TYPE_CHECKING, Any
 from zoneinfo import ZoneInfo
 
 from kvmsnapd.durations import parse_duration
-from kvmsnapd.model import Capabilities, Consistency, Disk, Domain, Hold, Inventory, Kind, Mark, Snapshot, Unchanged
+from kvmsnapd.model import (
+    Capabilities,
+    Consistency,
+    Deleting,
+    Disk,
+    Domain,
+    Hold,
+    Inventory,
+    Kind,
+    Mark,
+    Snapshot,
+    Unchanged,
+)
 from kvmsnapd.naming import format_name
 from kvmsnapd.policy import ConsistencyRule, Policy
 from kvmsnapd.retention import Point, parse_keep
@@ -93,6 +105,12 @@ def a_snapshot(
     seen = Unchanged(at(unchanged), at(unchanged)) if unchanged else None
     mark = Mark(policy, scheduled_at, taken_at, consistency, kind, attempt, hold, unchanged=seen)
     return Snapshot(format_name(policy, scheduled_at, attempt), taken_at, kind, parent, mark, **fields)
+
+
+def half_deleted(snapshot: Snapshot, *, failed_in: int | None = None) -> Snapshot:
+    """Return this snapshot of ours with the note that its delete was begun, and in which run its merge failed."""
+    assert snapshot.mark is not None
+    return replace(snapshot, mark=replace(snapshot.mark, deleting=Deleting(NOW, failed_in)))
 
 
 def a_foreign_snapshot(

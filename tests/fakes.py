@@ -43,6 +43,8 @@ class FakeHypervisor:
     """What :meth:`storage` answers."""
     written: dict[str, datetime] | None = None
     """When files were last written to; set to ``{}``, :meth:`storage` tells the layers of shut-off domains."""
+    closed: dict[str, str | None] = field(default_factory=dict)
+    """Folders that cannot be listed, with the pool that would have to be started."""
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
     def add(self, domain: Domain) -> Domain:
@@ -84,14 +86,21 @@ class FakeHypervisor:
                     layers[path] = Layer(path, self.written.get(path), below)
         return Storage(self.stored.free_bytes, layers)
 
-    def files(self, folder: str) -> tuple[Layer, ...]:
+    def files(self, folder: str) -> tuple[Layer, ...] | None:
         """See the port."""
+        self._begin("files", folder)
+        if folder in self.closed:
+            return None
         return tuple(layer for path, layer in self.stored.layers.items() if path.rpartition("/")[0] == folder)
 
     def allocated(self, overlays: Iterable[tuple[str, str]]) -> dict[str, int]:
         """See the port."""
         found = {target: self.stored.layers.get(path) for target, path in overlays}
         return {target: layer.allocated for target, layer in found.items() if layer and layer.allocated is not None}
+
+    def sleeping_pool(self, folder: str) -> str | None:
+        """See the port."""
+        return self.closed.get(folder)
 
     def filesystems(self, domain_uuid: str) -> tuple[str, ...]:
         """See the port."""

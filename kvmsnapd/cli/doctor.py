@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from typing import TYPE_CHECKING, Any
 
 from kvmsnapd.audit import audit
@@ -16,7 +17,7 @@ from kvmsnapd.errors import HypervisorError
 from kvmsnapd.fleet import survey
 from kvmsnapd.libvirt_host import LibvirtHost
 from kvmsnapd.preflight import chain_depth
-from kvmsnapd.state_files import FreezeIntents
+from kvmsnapd.state_files import DomainLocks, FreezeIntents
 
 if TYPE_CHECKING:
     import argparse
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from kvmsnapd.config import Config
     from kvmsnapd.fleet import Fleet
     from kvmsnapd.model import Domain
+
+_BUDGET = re.compile(r"the policies may keep .+? snapshots")
 
 
 def doctor(arguments: argparse.Namespace) -> int:
@@ -36,10 +39,19 @@ def doctor(arguments: argparse.Namespace) -> int:
     try:
         fleet = survey(config.policies, config.selectors, host.inventory(), now=now)
         rights = list(_rights(host, config))
-        seen = audit(host, fleet, intents=_intents(config), now=now)
+        seen = audit(
+            host,
+            fleet,
+            intents=lambda: _intents(config),
+            now=now,
+            locks=_locks(config),
+            policies=config.policies.values(),
+        )
     finally:
         host.close()
-    findings = (*rights, *(Finding(Level.WARNING, "configuration", text) for text in config.warnings), *seen.findings)
+    told = {words for finding in seen.findings for words in _BUDGET.findall(finding.text)}
+    warnings = [text for text in config.warnings if not told.intersection(_BUDGET.findall(text))]
+    findings = (*rights, *(Finding(Level.WARNING, "configuration", text) for text in warnings), *seen.findings)
     limits = explain_capabilities(seen.capabilities)
     if arguments.json:
         answer = {
@@ -99,6 +111,15 @@ def _cannot_write(directory: Path) -> str | None:
     """Say why files cannot be made in a directory, or in the nearest one above that exists; None if they can."""
     existing = next(path for path in (directory, *directory.parents) if path.exists())
     return None if os.access(existing, os.W_OK | os.X_OK) else f"cannot be written to by this user ({os.geteuid()})"
+
+
+def _locks(config: Config) -> DomainLocks | None:
+    """Return the locks of the daemon on this host; None if none was ever made, or we must not make files beside its."""
+    folder = config.runtime_directory / "locks"
+    try:
+        return DomainLocks(folder) if folder.stat().st_uid == os.geteuid() else None
+    except OSError:
+        return None
 
 
 def _intents(config: Config) -> list[str]:

@@ -19,7 +19,7 @@ from kvmsnapd.errors import (
 )
 from kvmsnapd.libvirt_host.capabilities import derive_capabilities
 from kvmsnapd.libvirt_host.connection import Connection
-from kvmsnapd.libvirt_host.storage import StoragePools
+from kvmsnapd.libvirt_host.storage import StoragePools, target_of
 from kvmsnapd.libvirt_host.take import AGENT_DEADLINE_SECONDS, redefine, resolve_volume, take_snapshot
 from kvmsnapd.libvirt_host.translate import translated_errors
 from kvmsnapd.model import Domain, DomainState, Inventory, Kind, Snapshot, Storage
@@ -48,6 +48,10 @@ _PAUSES = {
     libvirt.VIR_DOMAIN_PAUSED_SAVE: "paused by a save that did not finish",
     libvirt.VIR_DOMAIN_PAUSED_MIGRATION: "paused by a migration",
     libvirt.VIR_DOMAIN_PAUSED_SNAPSHOT: "paused by a snapshot in progress",
+}
+_RESUMABLE = {
+    (libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_IOERROR),
+    (libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_SAVE),
 }
 
 
@@ -118,7 +122,7 @@ class LibvirtHost:
         connection = self._reading.get()
         with translated_errors("read_domain", domain=uuid):
             handle = connection.lookupByUUIDString(uuid)
-            state, detail = _describe_state(*handle.state())
+            state, detail = _describe_state(*(state_and_reason := handle.state()))
             document = parse_domain(handle.XMLDesc(0))
             disks = tuple(resolve_volume(connection, disk) for disk in document.disks)
             snapshots = tuple(s for s in map(_read_snapshot, handle.listAllSnapshots(0)) if s)
@@ -136,6 +140,8 @@ class LibvirtHost:
                 agent_connected=document.agent_connected,
                 memory_bytes=document.memory_bytes,
                 run_id=None if state is DomainState.SHUT_OFF else handle.ID(),
+                resumable=tuple(state_and_reason) in _RESUMABLE,
+                busy=state is not DomainState.SHUT_OFF and _has_job(handle),
             )
 
     def storage(self, domain: Domain, folders: Collection[str]) -> Storage:
@@ -157,11 +163,24 @@ class LibvirtHost:
         found = {target: self._pools.layer(path) for target, path in overlays}
         return {target: layer.allocated for target, layer in found.items() if layer and layer.allocated is not None}
 
-    def files(self, folder: str) -> tuple[Layer, ...]:
+    def files(self, folder: str) -> tuple[Layer, ...] | None:
         """See the port."""
         if not self.capabilities().storage_api:
-            return ()
-        return tuple(self._pools.files(folder))
+            return None
+        try:
+            return self._pools.files(folder)
+        except HypervisorUnreachableError:
+            self._reading.get()  # which raises in its turn, unless we may read and not write
+            return None
+
+    def sleeping_pool(self, folder: str) -> str | None:
+        """See the port."""
+        connection = self._reading.get()
+        with translated_errors("list_pools"):
+            for pool in connection.listAllStoragePools(libvirt.VIR_CONNECT_LIST_STORAGE_POOLS_INACTIVE):
+                if target_of(pool) == folder:
+                    return str(pool.name())
+        return None
 
     def filesystems(self, domain_uuid: str) -> tuple[str, ...]:
         """See the port."""
@@ -214,10 +233,11 @@ class LibvirtHost:
         self._writing.get()
 
     def close(self) -> None:
-        """Close the connections."""
+        """Close the connections; one that is broken is closed already."""
         self._pools.close()
-        self._reading.close()
-        self._writing.close()
+        for connection in (self._reading, self._writing):
+            with suppress(HypervisorError):
+                connection.close()
 
 
 def read_only_uri(uri: str) -> str:
@@ -234,6 +254,14 @@ def _read_snapshot(snapshot: Any) -> Snapshot | None:  # noqa: ANN401
         return None
     except ValueError:
         return Snapshot(snapshot.getName(), datetime.fromtimestamp(0, UTC), Kind.MIXED)
+
+
+def _has_job(handle: Any) -> bool:  # noqa: ANN401
+    """Tell whether libvirt has a job on the domain; to ask that takes no job of its own."""
+    try:
+        return int(handle.controlInfo(0)[0]) in {libvirt.VIR_DOMAIN_CONTROL_JOB, libvirt.VIR_DOMAIN_CONTROL_OCCUPIED}
+    except libvirt.libvirtError:  # the test driver cannot say; of a broken connection the next call tells
+        return False
 
 
 def _describe_state(state: int, reason: int) -> tuple[DomainState, str]:

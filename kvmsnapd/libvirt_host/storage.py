@@ -82,19 +82,20 @@ class StoragePools:
         except libvirt.libvirtError:  # deleted since it was looked up
             return None
 
-    def files(self, folder: str) -> list[Layer]:
-        """Return all files of a folder that libvirt can make out as volumes."""
+    def files(self, folder: str) -> tuple[Layer, ...] | None:
+        """Return all files of a folder that libvirt can make out as volumes; None if it cannot list them now."""
         pool = self._pool(folder)
-        if pool is None:
-            return []
-        _refresh(pool)
+        if pool is None or not _refresh(pool):
+            return None
         found = []
         with translated_errors("list_volumes"):
-            volumes = pool.listAllVolumes(0)
-        for volume in volumes:
-            with contextlib.suppress(libvirt.libvirtError):
-                found.append(_parse_volume(volume.XMLDesc(0)))
-        return found
+            for volume in pool.listAllVolumes(0):
+                try:
+                    found.append(_parse_volume(volume.XMLDesc(0)))
+                except libvirt.libvirtError as error:
+                    if error.get_error_code() != libvirt.VIR_ERR_NO_STORAGE_VOL:  # deleted since it was listed
+                        raise
+        return tuple(found)
 
     def create_overlay(self, path: str, *, below: str, below_format: str) -> bool:
         """Make an empty qcow2 file for its owner alone, with ``below`` as backing file; False if there is no pool.
@@ -134,7 +135,8 @@ class StoragePools:
             made, self._made = self._made, set()
         for folder in made:
             with contextlib.suppress(libvirt.libvirtError, HypervisorError):
-                self._connection.get().storagePoolLookupByTargetPath(folder).destroy()
+                # By its name: somebody may have defined another one for the folder since.
+                self._connection.get().storagePoolLookupByName(_name_for(folder)).destroy()
 
     def _volume(self, path: str) -> Any | None:  # noqa: ANN401
         """Look a file up; one that was made by others is known to its pool only after a refresh."""
@@ -174,7 +176,7 @@ class StoragePools:
 
     def _make_pool(self, connection: Any, folder: str) -> Any | None:  # noqa: ANN401
         root = ET.Element("pool", type="dir")
-        ET.SubElement(root, "name").text = _OURS + hashlib.sha256(folder.encode()).hexdigest()[:12]
+        ET.SubElement(root, "name").text = _name_for(folder)
         ET.SubElement(ET.SubElement(root, "target"), "path").text = folder
         try:
             pool = connection.storagePoolCreateXML(ET.tostring(root, encoding="unicode"), 0)
@@ -187,22 +189,40 @@ class StoragePools:
         return pool
 
 
-def _refresh(pool: Any) -> None:  # noqa: ANN401
-    """Read a pool anew, which is refused while somebody copies a volume in it: then its figures stay older."""
+def target_of(pool: Any) -> str | None:  # noqa: ANN401
+    """Return the folder of a pool, active or not; None if it has none, or is gone."""
+    try:
+        path = ET.fromstring(pool.XMLDesc(0)).findtext("target/path")  # noqa: S314  # from libvirt, which wrote it itself
+    except libvirt.libvirtError:
+        return None
+    return path.rstrip("/") if path else None
+
+
+def _name_for(folder: str) -> str:
+    return _OURS + hashlib.sha256(folder.encode()).hexdigest()[:12]
+
+
+def _refresh(pool: Any) -> bool:  # noqa: ANN401
+    """Read a pool anew, and return whether that was done; while somebody copies a volume in it, it is refused."""
     try:
         pool.refresh(0)
-    except libvirt.libvirtError:
+    except libvirt.libvirtError as error:
+        if broken_connection(error):
+            with translated_errors("pool_refresh"):
+                raise
         with contextlib.suppress(libvirt.libvirtError):
             if not pool.isActive():  # a refresh that failed has ended it; that must not be our doing
                 pool.create(0)
+        return False
+    return True
 
 
 def _parse_volume(text: str) -> Layer:
     root = ET.fromstring(text)  # noqa: S314  # from libvirt, which wrote it itself
-    changed = root.findtext("target/timestamps/mtime")
+    changed, allocated = root.findtext("target/timestamps/mtime"), root.findtext("allocation")
     return Layer(
         path=root.findtext("target/path") or root.findtext("key") or "",
         changed_at=datetime.fromtimestamp(float(changed), UTC) if changed else None,
         backing=root.findtext("backingStore/path"),
-        allocated=int(root.findtext("allocation", "0")),
+        allocated=int(allocated) if allocated else None,
     )

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmsnapd.model import Consistency, Hold, Kind, Mark, Unchanged
+from kvmsnapd.model import Consistency, Deleting, Hold, Kind, Mark, Unchanged
 from kvmsnapd.naming import POLICY_NAME_PATTERN, format_description, format_name, parse_mark, parse_name
 
 policies = st.from_regex(POLICY_NAME_PATTERN, fullmatch=True).map(lambda name: name.rstrip("\n"))
@@ -25,6 +25,8 @@ marks = st.builds(
     hold=st.one_of(st.none(), st.builds(Hold, reason=st.text(), until=st.one_of(st.none(), instants))),
     excluded=st.lists(st.text(), max_size=3).map(tuple),
     unchanged=st.one_of(st.none(), st.builds(Unchanged, instants, instants)),
+    deleting=st.one_of(st.none(), st.builds(Deleting, instants, st.one_of(st.none(), st.integers(0)))),
+    owed=st.integers(0, 10_000),
 )
 
 
@@ -75,6 +77,7 @@ def test_any_other_description_is_foreign_and_never_an_error(mark: Mark, descrip
 
 
 KEYS = ["kvmsnapd", "policy", "scheduled", "taken", "consistency", "kind", "hold", "excluded", "unchanged"]
+KEYS += ["deleting", "owed"]
 
 
 @given(marks, st.sampled_from(KEYS), json_values)

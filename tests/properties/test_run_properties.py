@@ -17,6 +17,7 @@ from kvmsnapd.errors import (
     GuestAgentUnavailableError,
     HypervisorError,
     HypervisorUnreachableError,
+    MergeFailedError,
     SnapshotExistsError,
 )
 from kvmsnapd.execute import Executor
@@ -28,6 +29,7 @@ from tests.builders import a_domain, a_policy, at
 from tests.fakes import FakeHypervisor, raising
 
 ERRORS = [HypervisorError, HypervisorUnreachableError, GuestAgentUnavailableError, SnapshotExistsError, DomainBusyError]
+ERRORS += [MergeFailedError]
 OPERATIONS = ["take_snapshot", "delete_snapshot", "domain", "thaw", "storage", "filesystems", "describe_snapshot"]
 POLICIES = [
     # The chain is just long enough for what they may keep, so that foreign and held ones fill it.
@@ -46,7 +48,7 @@ class Runs(RuleBasedStateMachine):
         self.fake = FakeHypervisor(clock=lambda: self.now, written={})
         self.writes = 0
         self.holds_writes: dict[str, int] = {}
-        self.uuid = self.fake.add(a_domain()).uuid
+        self.uuid = self.fake.add(a_domain(run_id=1)).uuid
         self.directory = tempfile.TemporaryDirectory()
         path, ticks = Path(self.directory.name), itertools.count()
         self.executor = Executor(
@@ -59,6 +61,7 @@ class Runs(RuleBasedStateMachine):
         )
         self.foreign: set[str] = set()
         self.names = itertools.count()
+        self.run_ids = itertools.count(2)
 
     def teardown(self) -> None:
         self.directory.cleanup()
@@ -83,6 +86,8 @@ class Runs(RuleBasedStateMachine):
         for operation, calls_before, error in faults:
             # Reading a domain or its storage does not end in an agent's or a snapshot's error.
             kind = HypervisorError if operation in {"domain", "storage"} else error
+            if error is MergeFailedError and operation != "delete_snapshot":
+                kind = HypervisorError
             skipped = [lambda: None] * calls_before
             self.fake.before[operation] += [*skipped, raising(kind("a fault", operation=operation))]
         self.run_and_compare(policy)
@@ -97,7 +102,7 @@ class Runs(RuleBasedStateMachine):
     def run_and_compare(self, policy: object) -> None:
         """Run one policy and compare what was there with what is left."""
         fleet = survey([p.name for p in POLICIES], {"*": tuple(POLICIES)}, self.fake.inventory(), now=self.now)
-        before = self.snapshots
+        before, run_id = self.snapshots, self.fake.domains[self.uuid].run_id
         (pair,) = (pair for pair in fleet.pairs if pair.policy is policy)
         outcome = self.executor.run(pair)
         self.fake.before.clear()
@@ -111,13 +116,18 @@ class Runs(RuleBasedStateMachine):
         for snapshot in gone:
             assert snapshot.mark, "a foreign snapshot was deleted"
             assert snapshot.mark.policy == pair.policy.name, "a snapshot of another policy was deleted"
+            if snapshot.mark.deleting:
+                continue  # no way back any more, whatever else it is
             assert not snapshot.mark.held(self.now), "a held snapshot was deleted"
             assert snapshot.mark.scheduled_at <= self.now, "a quarantined snapshot was deleted"
         counted = [
             s.mark.scheduled_at
             for s in self.snapshots
-            if s.mark and s.mark.policy == pair.policy.name and s.mark.scheduled_at <= self.now
+            if s.mark and s.mark.policy == pair.policy.name and s.mark.scheduled_at <= self.now and not s.mark.deleting
         ]
+        if run_id and any(s.mark and s.mark.deleting and s.mark.deleting.failed_in == run_id for s in before):
+            assert not gone, "something was merged by a QEMU in which a merge had failed"
+        gone = [snapshot for snapshot in gone if snapshot.mark and not snapshot.mark.deleting]
         if gone:
             newest_gone = max(s.mark.scheduled_at for s in gone if s.mark)
             assert counted, "the last snapshot was deleted"
@@ -148,7 +158,9 @@ class Runs(RuleBasedStateMachine):
 
     @rule(state=st.sampled_from(DomainState), agent=st.booleans())
     def the_guest_changes(self, state: DomainState, *, agent: bool) -> None:
-        self.fake.add(replace(self.fake.domains[self.uuid], state=state, agent_connected=agent))
+        domain = self.fake.domains[self.uuid]
+        run_id = None if state is DomainState.SHUT_OFF else domain.run_id or next(self.run_ids)
+        self.fake.add(replace(domain, state=state, agent_connected=agent, run_id=run_id))
         if state is not DomainState.SHUT_OFF:
             # Not in the second in which a snapshot was taken: no guest starts that fast.
             self.now += timedelta(seconds=7)

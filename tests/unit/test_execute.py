@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 from dataclasses import replace
@@ -30,6 +31,7 @@ from kvmsnapd.events import (
     PruneBlocked,
     RunFinished,
     RunSkipped,
+    RunStuck,
     SnapshotDeleted,
     SnapshotDowngraded,
     SnapshotFailed,
@@ -39,7 +41,7 @@ from kvmsnapd.events import (
 )
 from kvmsnapd.execute import Executor, Outcome
 from kvmsnapd.fleet import survey
-from kvmsnapd.gates import StorageGates
+from kvmsnapd.gates import HostGate, StorageGates
 from kvmsnapd.model import Consistency, DomainState, Hold, Kind, Storage, TakeRequest
 from kvmsnapd.naming import format_name
 from kvmsnapd.policy import ConsistencyRule, DiskSelection, Policy
@@ -48,7 +50,10 @@ from tests.builders import a_chain, a_disk, a_domain, a_foreign_snapshot, a_poli
 from tests.fakes import FakeHypervisor, raising
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
+
+    from kvmsnapd.fleet import Pair
 
 NOON = at("2026-11-22T12:00")
 HOUR = timedelta(hours=1)
@@ -64,6 +69,11 @@ class Bench:
         self.uuid = self.fake.add(a_domain(**domain)).uuid  # type: ignore[arg-type]
         self.locks, self.intents = DomainLocks(directory / "locks"), FreezeIntents(directory / "frozen")
         self.events: list[Event] = []
+        self.current: Callable[[Pair], Policy | None] = lambda pair: pair.policy
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin anew, as a new process does: with nothing but what is on disk and in libvirt."""
         ticks = itertools.count()
         self.executor = Executor(
             self.fake,
@@ -72,14 +82,25 @@ class Bench:
             lambda event: self.events.append(event),  # noqa: PLW0108  # the list is replaced by `said`
             clock=lambda: self.now,
             stopwatch=lambda: float(next(ticks)),
+            current=lambda pair: self.current(pair),  # noqa: PLW0108  # tests replace it
         )
 
-    def run(self) -> Outcome:
+    def run(self, policy: Policy | None = None) -> Outcome:
         """Run the pair as the daemon would."""
-        selectors = {"*": (self.policy,)}
-        fleet = survey([self.policy.name], selectors, self.fake.inventory(), now=self.now)
+        policy = policy or self.policy
+        fleet = survey([policy.name], {"*": (policy,)}, self.fake.inventory(), now=self.now)
         (pair,) = fleet.pairs
         return self.executor.run(pair)
+
+    def run_hourly(self, hours: int) -> None:
+        """Run so many times, an hour after each."""
+        for _ in range(hours):
+            self.run()
+            self.now += HOUR
+
+    def change(self, **fields: Any) -> None:  # noqa: ANN401  # whatever the class takes
+        """Have the domain be different from now on."""
+        self.fake.add(replace(self.fake.domains[self.uuid], **fields))
 
     def said(self, kind: type[Event]) -> list[Any]:
         """Return the events of one kind, and forget them."""
@@ -956,3 +977,123 @@ def test_a_domain_that_became_unfit_while_it_waited_for_its_storage_is_not_taken
         bench.fake.add(replace(bench.fake.domains[bench.uuid], managed_save=True))
     thread.join(30)
     assert bench.names == []
+
+
+# What nobody foresaw
+
+
+@pytest.mark.parametrize(
+    "operation", ["domain", "storage", "filesystems", "take_snapshot", "describe_snapshot", "delete_snapshot"]
+)
+def test_an_error_that_nobody_foresaw_ends_the_run_and_not_the_daemon(tmp_path: Path, operation: str) -> None:
+    bench = Bench(tmp_path, a_policy(keep="last=1"))
+    bench.run_hourly(1)
+    bench.events.clear()
+    bench.fake.before[operation] = [raising(KeyError("serial"))]
+    outcome = bench.run()
+    assert (outcome.result, outcome.wants_retry) == ("skipped", True)
+    (skipped,) = bench.said(RunSkipped)
+    assert (skipped.reason, skipped.detail) == ("unforeseen", "KeyError: 'serial'")
+    (finished,) = bench.said(RunFinished)
+    assert finished.result == "skipped"
+    with bench.locks.hold(bench.uuid, wait=timedelta(0)):
+        pass
+    bench.now += HOUR
+    assert bench.run().result == "taken"
+
+
+def test_an_error_that_nobody_foresaw_is_logged_with_where_it_came_from(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench.fake.before["take_snapshot"] = [raising(KeyError("serial"))]
+    bench.run()
+    (record,) = caplog.records
+    assert record.getMessage() == f"run of {bench.uuid}/standard"
+    assert record.exc_info is not None
+
+
+def test_a_freeze_that_ended_in_an_unforeseen_error_is_thawed_later(bench: Bench) -> None:
+    bench.fake.before["take_snapshot"] = [raising(KeyError("serial"))]
+    bench.run()
+    assert bench.intents.outstanding() == [bench.uuid]
+    assert bench.run().result == "taken"
+    assert (calls(bench, "thaw"), bench.intents.outstanding()) == (["thaw"], [])
+
+
+def test_an_error_in_the_plan_of_a_run_is_no_exception_to_that(bench: Bench) -> None:
+    def broken(_pair: Pair) -> Policy | None:
+        raise KeyError(0)
+
+    bench.current = broken
+    assert bench.run().result == "skipped"
+    assert bench.said(RunSkipped)[0].reason == "unforeseen"
+
+
+# Storage and configuration, while a run waits
+
+
+def test_a_storage_that_others_work_on_for_too_long_skips_the_run(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hold = bench.executor.gates.hold
+    soon = timedelta(seconds=0.05)
+    monkeypatch.setattr(bench.executor.gates, "hold", lambda folders, *, heavy: hold(folders, heavy=heavy, wait=soon))
+    with contextlib.ExitStack() as stack:
+        for _ in range(4):
+            stack.enter_context(hold(["/images"], heavy=False))
+        outcome = bench.run()
+    assert (outcome.result, outcome.scheduled_at, outcome.wants_retry) == ("skipped", NOON, True)
+    assert skips(bench) == [("storage_busy", False, False)]
+    assert (bench.names, bench.intents.outstanding()) == ([], [])
+    assert bench.run().result == "taken"
+
+
+def test_a_pair_that_went_while_its_run_waited_is_left_alone(bench: Bench) -> None:
+    bench.current = lambda _pair: None
+    assert bench.run() == Outcome("nothing_due")
+    assert (bench.names, calls(bench, "domain", "storage")) == ([], [])
+    assert (bench.said(RunSkipped), len(bench.said(RunFinished))) == ([], 1)
+
+
+def test_a_run_goes_by_the_policy_that_is_in_force_when_it_has_the_lock(bench: Bench) -> None:
+    bench.current = lambda _pair: a_policy(consistency=ConsistencyRule.CRASH)
+    bench.run()
+    assert bench.said(SnapshotTaken)[0].consistency == "crash"
+
+
+def test_what_is_in_force_is_asked_once_the_domain_is_locked(bench: Bench) -> None:
+    thread_ended: list[bool] = []
+    with bench.locks.hold(bench.uuid, wait=timedelta(0)):
+        thread, outcomes = in_a_thread(bench)
+        thread.join(0.1)
+        thread_ended.append(not thread.is_alive())
+        bench.current = lambda _pair: None
+    thread.join(30)
+    assert (thread_ended, outcomes, bench.names) == ([False], [Outcome("nothing_due")], [])
+
+
+def test_a_pair_that_went_while_its_run_waited_for_the_storage_is_not_taken(bench: Bench) -> None:
+    bench.executor.gates = gates = StorageGates(takes=1, heavy=1)
+    with gates.hold(["/images"], heavy=False):
+        thread, _ = in_a_thread(bench)
+        thread.join(0.1)
+        assert thread.is_alive()
+        bench.current = lambda _pair: None
+    thread.join(30)
+    assert bench.names == []
+
+
+def test_a_run_that_gave_its_place_up_says_that_it_is_stuck(bench: Bench) -> None:
+    bench.executor.host_gate = HostGate(places=1, patience=timedelta(seconds=0.05))
+    told = threading.Event()
+    publish = bench.executor.publish
+
+    def note(event: Event) -> None:
+        publish(event)
+        if isinstance(event, RunStuck):
+            told.set()
+
+    bench.executor.publish = note
+    bench.fake.before["take_snapshot"] = [lambda: void(told.wait(30))]
+    assert bench.run().result == "taken"
+    assert len(bench.said(RunStuck)) == 1

@@ -10,12 +10,13 @@ import pytest
 
 from kvmsnapd.errors import GuestAgentUnavailableError, HypervisorError, HypervisorUnreachableError
 from kvmsnapd.events import Event, HookFinished, RunSkipped, SnapshotDeleted, SnapshotTaken
+from kvmsnapd.gates import StorageGates
 from kvmsnapd.model import DomainState
 from kvmsnapd.naming import format_name
 from kvmsnapd.policy import Hook, Hooks, Policy
 from tests.builders import a_policy
 from tests.fakes import raising
-from tests.unit.test_execute import HOUR, NOON, Bench
+from tests.unit.test_execute import HOUR, NOON, Bench, in_a_thread
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -228,3 +229,41 @@ def test_each_hook_may_be_left_out(tmp_path: Path) -> None:
         expected = ["before due", "on_failure failed", "before due", "after taken"]
         assert bench.ran == [word for word in expected if not word.startswith(f"{left_out} ")]
         bench.now += HOUR
+
+
+def test_an_error_that_nobody_foresaw_is_a_failure(bench: HookBench) -> None:
+    bench.fake.before["take_snapshot"] = [raising(KeyError("serial"))]
+    assert bench.run().result == "skipped"
+    assert bench.ran == ["before due", "on_failure failed"]
+    assert bench.said(RunSkipped)[0].reason == "unforeseen"
+
+
+def test_the_hook_before_is_run_once_there_is_a_place_on_the_storage(bench: HookBench) -> None:
+    """What it stops in the guest would else stand still for as long as others take."""
+    bench.executor.gates = gates = StorageGates(takes=1, heavy=1)
+    with gates.hold(["/images"], heavy=False):
+        thread, outcomes = in_a_thread(bench)
+        thread.join(0.1)
+        assert (thread.is_alive(), bench.ran) == (True, [])
+    thread.join(30)
+    assert [outcome.result for outcome in outcomes] == ["taken"]
+    assert bench.ran == ["before due", "after taken"]
+
+
+def test_no_hook_is_run_where_the_storage_stays_busy(bench: HookBench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.executor.gates = gates = StorageGates(takes=1, heavy=1)
+    hold = gates.hold
+    with hold(["/images"], heavy=False):
+        monkeypatch.setattr(gates, "hold", lambda folders, *, heavy: hold(folders, heavy=heavy, wait=timedelta(0)))
+        assert bench.run().result == "skipped"
+    assert (bench.ran, bench.said(RunSkipped)[0].reason) == ([], "storage_busy")
+
+
+def test_no_hook_is_run_for_a_domain_that_became_unfit_while_it_waited(bench: HookBench) -> None:
+    bench.executor.gates = gates = StorageGates(takes=1, heavy=1)
+    with gates.hold(["/images"], heavy=False):
+        thread, _ = in_a_thread(bench)
+        thread.join(0.1)
+        bench.change(managed_save=True)
+    thread.join(30)
+    assert (bench.names, bench.ran) == ([], [])

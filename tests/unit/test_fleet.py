@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+import pytest
+
 from kvmsnapd.fleet import Fleet, survey
+from kvmsnapd.model import Unchanged
 from kvmsnapd.policy import Coverage
 from tests.builders import (
     NOW,
@@ -20,7 +24,7 @@ from tests.builders import (
 )
 
 if TYPE_CHECKING:
-    from kvmsnapd.model import Inventory
+    from kvmsnapd.model import Inventory, Snapshot
     from kvmsnapd.policy import Policy
 
 STANDARD = a_policy()
@@ -140,3 +144,41 @@ def test_configured_domains_that_libvirt_does_not_have_are_missing() -> None:
 
 def test_every_policy_has_its_number_of_domains_even_if_it_is_none() -> None:
     assert look({"web1": (STANDARD,)}, an_inventory()).domains_per_policy == {"standard": 1, "daily": 0}
+
+
+# The clock
+
+
+def seen(slot: str, seen_at: str) -> Snapshot:
+    """Return a snapshot of some days ago whose domain was then seen unchanged at this slot."""
+    snapshot = a_snapshot("2026-11-20T12:00")
+    assert snapshot.mark is not None
+    return replace(snapshot, mark=replace(snapshot.mark, unchanged=Unchanged(at(slot), at(seen_at))))
+
+
+@pytest.mark.parametrize(
+    "snapshot",
+    [
+        a_snapshot("2031-01-01T00:00"),
+        a_snapshot("2026-11-22T12:00", taken_at=NOW + timedelta(seconds=1)),
+        seen("2031-01-01T00:00", "2026-11-22T12:00"),
+        seen("2026-11-22T12:00", "2031-01-01T00:00"),
+    ],
+    ids=["slot", "taken", "slot of an unchanged one", "seen unchanged"],
+)
+def test_a_snapshot_dated_in_the_future_makes_the_clock_suspect(snapshot: Snapshot) -> None:
+    assert look({"*": (STANDARD,)}, an_inventory(*hourly_snapshots(2), snapshot)).clock_suspect()
+
+
+@pytest.mark.parametrize(
+    "snapshot",
+    [
+        a_snapshot("2026-11-22T12:00", taken_at=NOW),
+        seen("2026-11-22T12:00", "2026-11-22T12:30"),
+        a_foreign_snapshot("kvmsnapd-standard-20310101T000000Z"),
+        a_snapshot("2031-01-01T00:00", policy="dropped"),
+    ],
+    ids=["taken now", "seen unchanged now", "foreign", "of a policy that does not apply"],
+)
+def test_any_other_snapshot_does_not(snapshot: Snapshot) -> None:
+    assert not look({"*": (STANDARD,)}, an_inventory(*hourly_snapshots(2), snapshot)).clock_suspect()

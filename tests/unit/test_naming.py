@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from kvmsnapd.errors import InvalidValueError
-from kvmsnapd.model import Consistency, Hold, Kind, Mark, Unchanged
+from kvmsnapd.model import Consistency, Deleting, Hold, Kind, Mark, Unchanged
 from kvmsnapd.naming import check_policy_name, format_description, format_name, parse_mark, parse_name
 from tests.builders import NOW, at
 
@@ -78,7 +78,43 @@ def test_disks_left_out_and_a_later_slot_are_written_and_read_back() -> None:
     assert parse_mark(NAME, format_description(mark)) == mark
 
 
-def test_a_description_that_was_written_before_there_was_either_has_neither() -> None:
+@pytest.mark.parametrize("failed_in", [None, 0, 7])
+def test_a_delete_that_was_begun_is_written_and_read_back(failed_in: int | None) -> None:
+    mark = replace(MARK, deleting=Deleting(at("2026-11-23T09:00:07"), failed_in))
+    fields = json.loads(format_description(mark))
+    assert fields["deleting"] == {"begun": "2026-11-23T09:00:07Z"} | (
+        {} if failed_in is None else {"failed_in": failed_in}
+    )
+    assert parse_mark(NAME, format_description(mark)) == mark
+
+
+def test_what_is_owed_is_written_and_read_back_and_left_out_where_it_is_nothing() -> None:
+    owing = replace(MARK, owed=12)
+    assert json.loads(format_description(owing))["owed"] == 12
+    assert parse_mark(NAME, format_description(owing)) == owing
+    assert "owed" not in json.loads(format_description(MARK))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"deleting": {"failed_in": 7}},
+        {"deleting": {"begun": "2026-11-23T09:00:07"}},
+        {"deleting": {"begun": "soon"}},
+        {"deleting": "2026-11-23T09:00:07Z"},
+        {"deleting": True},
+        {"owed": "some"},
+        {"owed": None},
+        {"owed": [1]},
+        {"owed": 1e999},
+    ],
+    ids=str,
+)
+def test_a_note_or_debts_that_cannot_be_read_make_it_foreign(fields: dict[str, object]) -> None:
+    assert parse_mark(NAME, json.dumps(json.loads(format_description(MARK)) | fields)) is None
+
+
+def test_a_description_that_was_written_before_there_was_any_of_this_has_none_of_it() -> None:
     older = (
         '{"kvmsnapd": 1, "policy": "standard", "scheduled": "2026-11-22T09:00:00Z", '
         '"taken": "2026-11-22T09:00:03Z", "consistency": "crash", "kind": "external"}'
