@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from enum import StrEnum
@@ -168,7 +169,8 @@ class Executor:
         newest = next((s for s in snapshots if s.name == name), None)
         if newest and newest.mark:
             mark = replace(newest.mark, owed=newest.mark.owed + more)
-            self.hypervisor.describe_snapshot(pair.name.domain_uuid, newest.name, mark)
+            with suppress(HypervisorError):  # the disk may be full; then the fuse may be too careful one day
+                self.hypervisor.describe_snapshot(pair.name.domain_uuid, newest.name, mark)
 
     def _take(self, pair: Pair, domain: Domain, plan: Plan, request: TakeRequest) -> tuple[Outcome, Plan]:
         """Wait for the storage, then take between the hooks; return how it went and the plan in the end."""

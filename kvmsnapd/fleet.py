@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from kvmsnapd.model import PairName
@@ -16,11 +17,15 @@ from kvmsnapd.policy import Coverage, assign, missing_domains
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
-    from datetime import datetime, timedelta
+    from datetime import datetime
 
     from kvmsnapd.model import Inventory, Snapshot
     from kvmsnapd.policy import Assignment, Policy
     from kvmsnapd.schedule import Due
+
+
+_TOLERANCE = timedelta(seconds=30)
+"""A run may end between the reading of the clock and that of libvirt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +67,8 @@ class Fleet:
         """Tell whether a snapshot of ours is dated in the future: this host's clock is wrong now, or was then."""
         marks = (s.mark for pair in self.pairs for s in pair.snapshots)
         return any(
-            max(mark.taken_at, *mark.slots, *([mark.unchanged.seen_at] if mark.unchanged else [])) > self.at
+            max(mark.taken_at, *mark.slots, *([mark.unchanged.seen_at] if mark.unchanged else []))
+            > self.at + _TOLERANCE
             for mark in marks
             if mark
         )

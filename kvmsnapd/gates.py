@@ -44,8 +44,8 @@ class HostGate:
 
         timer = threading.Timer(self._patience.total_seconds(), give_up)
         timer.daemon = True
-        timer.start()
         try:
+            timer.start()
             yield
         finally:
             timer.cancel()

@@ -133,6 +133,7 @@ def plan_run(
     if refusal and not room:  # nothing will be taken: the verdicts are those on what exists
         verdicts = judge(domain, policy, now=now)
         released = {verdict.point.name for verdict in verdicts if not verdict.keep}
+        released |= {snapshot.name for snapshot in domain.half_deleted(policy.name)}
         deletes = tuple(delete for delete in deletes if delete.snapshot in released)
         blocked = tuple(wait for wait in blocked if wait.snapshot in released)
     return Plan(domain.uuid, domain.name, policy.name, due, take, unchanged, refusal, room, verdicts, deletes, blocked)

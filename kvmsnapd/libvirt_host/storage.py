@@ -219,10 +219,12 @@ def _refresh(pool: Any) -> bool:  # noqa: ANN401
 
 def _parse_volume(text: str) -> Layer:
     root = ET.fromstring(text)  # noqa: S314  # from libvirt, which wrote it itself
-    changed, allocated = root.findtext("target/timestamps/mtime"), root.findtext("allocation")
+    changed = root.findtext("target/timestamps/mtime")
+    sizes = [int(text) for text in (root.findtext("allocation"), root.findtext("physical")) if text]
     return Layer(
         path=root.findtext("target/path") or root.findtext("key") or "",
         changed_at=datetime.fromtimestamp(float(changed), UTC) if changed else None,
         backing=root.findtext("backingStore/path"),
-        allocated=int(allocated) if allocated else None,
+        # The larger of both: a file system that compresses allocates little for much.
+        allocated=max(sizes, default=None),
     )

@@ -160,7 +160,7 @@ def seen(slot: str, seen_at: str) -> Snapshot:
     "snapshot",
     [
         a_snapshot("2031-01-01T00:00"),
-        a_snapshot("2026-11-22T12:00", taken_at=NOW + timedelta(seconds=1)),
+        a_snapshot("2026-11-22T12:00", taken_at=NOW + timedelta(minutes=1)),
         seen("2031-01-01T00:00", "2026-11-22T12:00"),
         seen("2026-11-22T12:00", "2031-01-01T00:00"),
     ],

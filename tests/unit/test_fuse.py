@@ -255,7 +255,6 @@ def test_the_newest_snapshot_alone_says_what_is_owed() -> None:
     assert {wait.reason for wait in found.blocked} == {BlockReason.FUSE}
 
 
-@pytest.mark.xfail(strict=True, reason="the run is then called skipped, and what it took and deleted is not counted")
 def test_debts_that_cannot_be_written_down_do_not_spoil_a_run_that_took_its_snapshot(tmp_path: Path) -> None:
     bench = a_bench(tmp_path)
     bench.run_hourly(3)
