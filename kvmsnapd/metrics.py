@@ -21,6 +21,7 @@ from kvmsnapd.events import (
     SnapshotUnchanged,
 )
 from kvmsnapd.model import Consistency
+from kvmsnapd.prune import BlockReason
 from kvmsnapd.state_series import StateCollector
 
 if TYPE_CHECKING:
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 
     from kvmsnapd.events import Event
     from kvmsnapd.state_series import Observation
+
+_UNPRUNABLE = frozenset({BlockReason.BRANCH, BlockReason.FOREIGN_LAYER, BlockReason.UNSUPPORTED})
+"""Snapshots are still taken then, but none can go before a person, or a backup program, has changed something."""
 
 _PAIR = ("domain", "policy")
 _BUCKETS = (0.05, 0.2, 1, 5, 20, 60, 300)
@@ -104,6 +108,7 @@ class Metrics:
         self.registry.register(StateCollector(observe))
         self._pairs: set[tuple[str, str]] = set()
         self._folders: dict[str, set[str]] = {}
+        self._unprunable: dict[tuple[str, str], frozenset[str]] = {}
 
     def _counter(self, name: str, help_text: str, *labels: str) -> Counter:
         return Counter(f"kvmsnapd_{name}", help_text, (*_PAIR, *labels), registry=self.registry)
@@ -149,6 +154,7 @@ class Metrics:
             case DomainExamined():
                 self._examine(event, domain)
             case PruneBlocked():
+                self._unprunable[domain, policy] = _UNPRUNABLE & event.blocked.keys()
                 self._forget(self._blocked, domain, policy)
                 for reason, count in event.blocked.items():
                     self._blocked.labels(domain, policy, reason).set(count)
@@ -163,6 +169,8 @@ class Metrics:
         self._forget(self._stuck, domain, policy)
         if event.result != "skipped":  # else the skip has said why
             self._forget(self._quarantined, domain, policy)
+            for reason in self._unprunable.pop((domain, policy), ()):
+                self._quarantined.labels(domain, policy, reason).set(1)
         if event.result in {"taken", "unchanged"} and not event.blocked:
             self._forget(self._blocked, domain, policy)
 

@@ -484,3 +484,14 @@ def test_promtool_finds_nothing_to_complain_of(full: Bench) -> None:
         [promtool, "check", "metrics"], input=full.text, capture_output=True, text=True, check=False, timeout=60
     )
     assert (answer.returncode, answer.stdout + answer.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("reason", ["branch", "foreign_layer"])
+def test_what_keeps_a_domain_from_being_pruned_for_good_is_a_quarantine_too(reason: str) -> None:
+    bench = Bench(an_inventory())
+    bench.feed(
+        PruneBlocked(pair=PAIR, blocked={reason: 2, "needs_running": 1}, detail="a sentence"), finished(blocked=3)
+    )
+    assert bench.value("quarantined", **LABELS, reason=reason) == 1
+    bench.feed(taken(), finished())
+    assert "quarantined" not in bench.series(**LABELS)
