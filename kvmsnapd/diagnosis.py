@@ -90,6 +90,7 @@ def diagnose_domain(
     if branch:
         command = f"virsh snapshot-list --tree {shlex.quote(name)}"
         yield Finding(Level.PROBLEM, name, f"nothing is pruned: {branch}", command)
+    yield from _half_deleted(domain)
     yield from _stray_layers(domain, own, capabilities)
     limit = min((chain_limit(policy, capabilities) for policy in policies), default=capabilities.chain_ceiling)
     depth, external = chain_depth(domain), any(s.kind is not Kind.INTERNAL for s in domain.snapshots)
@@ -98,6 +99,20 @@ def diagnose_domain(
     if domain.snapshots:
         text = f"has {len(domain.snapshots)} snapshot(s): libvirt refuses to migrate it and to undefine it"
         yield Finding(Level.NOTE, name, f"{text}; README.md, `A domain that moves or goes`, has the way out")
+
+
+def _half_deleted(domain: Domain) -> Iterator[Finding]:
+    for snapshot in domain.snapshots:
+        deleting = snapshot.mark.deleting if snapshot.mark else None
+        if deleting and deleting.failed_in is not None and deleting.failed_in == domain.run_id:
+            text = (
+                f"the merge of {snapshot.name} failed in this run of the guest, and a power cut could lose what is "
+                "merged now, so nothing is: shut the guest down and start it again, a reboot is not enough"
+            )
+            yield Finding(Level.PROBLEM, domain.name, text, f"virsh shutdown {shlex.quote(domain.name)}")
+        elif deleting:
+            text = f"the delete of {snapshot.name} was cut off: do not go back to it, it goes with the next run"
+            yield Finding(Level.WARNING, domain.name, text)
 
 
 def _standstill(domain: Domain) -> Iterator[Finding]:

@@ -158,6 +158,8 @@ def _list_row(domain: Inventory, snapshot: Snapshot, reasons: Sequence[str], now
     mark = snapshot.mark
     if mark is None:
         reasons = ["foreign: never touched"]
+    elif mark.deleting:
+        reasons = ["half deleted: no way back, goes with the next run"]
     else:
         reasons = list(reasons) or [f"unmanaged: policy {mark.policy} does not apply here"]
         reasons += [f"unchanged until {mark.unchanged.seen_at.isoformat()}"] if mark.unchanged else []

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from kvmsnapd.diagnosis import Finding, Level, diagnose_domain, diagnose_files
-from kvmsnapd.model import Domain, DomainState, Kind, Layer, Snapshot
+from kvmsnapd.model import Deleting, Domain, DomainState, Kind, Layer, Snapshot
 from kvmsnapd.plan import plan_run
 from tests.builders import ANY_LIBVIRT, NOW, OTHER_UUID, a_chain, a_disk, a_domain, a_policy, a_snapshot
 
@@ -202,3 +202,18 @@ def test_a_stray_layer_names_the_command_that_merges_down_to_the_snapshots_overl
     buried = a_snapshot("2026-11-22T05:00", overlays=(("vda", "/images/top"),), parent=snapshots[-1].name)
     under = a_disk(path="/images/top", backing=(disk.path or "", *disk.backing))
     assert [f.command for f in said(a_domain(*snapshots, buried, disks=(under,)))] == [None]
+
+
+@pytest.mark.parametrize(
+    ("failed_in", "level", "command"),
+    [(7, Level.PROBLEM, "virsh shutdown web1"), (6, Level.WARNING, None), (None, Level.WARNING, None)],
+)
+def test_a_half_deleted_snapshot_is_told_and_what_a_failed_merge_needs(
+    failed_in: int | None, level: Level, command: str | None
+) -> None:
+    snapshot = a_snapshot("2026-11-22T08:00")
+    assert snapshot.mark is not None
+    half = replace(snapshot, mark=replace(snapshot.mark, deleting=Deleting(NOW, failed_in)))
+    found = diagnose_domain(a_domain(half, run_id=7), [], [], ANY_LIBVIRT)
+    told = [finding for finding in found if half.name in finding.text]
+    assert [(finding.level, finding.command) for finding in told] == [(level, command)]
