@@ -189,17 +189,18 @@ def test_libvirtd_killed_inside_a_quiesced_take_leaves_no_guest_frozen(
     assert len(slots(guest)) == len(set(slots(guest)))
 
 
-def test_a_shut_off_guest_is_taken_and_its_old_snapshots_go_at_the_latest_when_it_runs(
+def test_a_shut_off_guest_is_taken_once_and_again_when_it_runs(
     make_guest: Callable[..., Guest], start_daemon: Callable[[str], DaemonProcess]
 ) -> None:
     guest = make_guest(running=False, agent=False)
     daemon = start_daemon(policy(guest, every="2s", keep="last: 2"))
-    daemon.wait_for(lambda: len(daemon.events("snapshot.taken")) >= 8)
-    assert {event["consistency"] for event in daemon.events("snapshot.taken")} == {"offline"}
+    daemon.wait_for(lambda: len(daemon.events("snapshot.unchanged")) >= 4)
+    assert [event["consistency"] for event in daemon.events("snapshot.taken")] == ["offline"]
     guest.start()
     guest.wait_up()
-    daemon.wait_for(lambda: len(names(guest)) == 2)
+    daemon.wait_for(lambda: len(daemon.events("snapshot.deleted")) >= 2 and len(names(guest)) == 2)
     daemon.kill(signal.SIGTERM)
+    assert not [event for event in daemon.events("snapshot.taken")[1:] if event["consistency"] == "offline"]
     check_image(guest.active_image())
     assert guest.alive()
 
