@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING
 from kvmsnapd.diagnosis import Finding, Level, diagnose_domain, diagnose_files, paths_of
 from kvmsnapd.disks import data_folders
 from kvmsnapd.errors import DomainLockedError, DomainNotFoundError, HypervisorError, HypervisorUnreachableError
-from kvmsnapd.fleet import explain_unprotected
+from kvmsnapd.fleet import explain_unprotected, plan_next
 from kvmsnapd.model import Kind, Storage
-from kvmsnapd.plan import plan_run
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -133,15 +132,7 @@ class _Looks:
         capabilities = self.hypervisor.capabilities()
         pairs = [pair for pair in self.fleet.pairs if pair.name.domain_uuid == domain.uuid]
         plans = [
-            plan_run(
-                domain,
-                pair.policy,
-                capabilities,
-                now=max(self.now, pair.due.run_at),  # of a pair with nothing due now, the run of its next slot
-                storage=self._storage(domain, pair.policy),
-                policies=pair.policies,
-            )
-            for pair in pairs
+            plan_next(pair, domain, capabilities, self._storage(domain, pair.policy), now=self.now) for pair in pairs
         ]
         return diagnose_domain(domain, [pair.policy for pair in pairs], plans, capabilities)
 

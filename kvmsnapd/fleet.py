@@ -12,14 +12,15 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from kvmsnapd.model import PairName
-from kvmsnapd.plan import due_for
+from kvmsnapd.plan import due_for, plan_run
 from kvmsnapd.policy import Coverage, assign, missing_domains
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from datetime import datetime
 
-    from kvmsnapd.model import Inventory, Snapshot
+    from kvmsnapd.model import Capabilities, Domain, Inventory, Snapshot, Storage
+    from kvmsnapd.plan import Plan
     from kvmsnapd.policy import Assignment, Policy
     from kvmsnapd.schedule import Due
 
@@ -85,6 +86,12 @@ class Fleet:
     def unprotected(self) -> list[Assignment]:
         """Return the domains that have no policy without somebody having said so."""
         return [a for a in self.assignments if a.coverage in {Coverage.UNMATCHED, Coverage.AMBIGUOUS}]
+
+
+def plan_next(pair: Pair, domain: Domain, capabilities: Capabilities, storage: Storage, *, now: datetime) -> Plan:
+    """Return the plan of the pair's next run: the one that is due, or else that of its next slot."""
+    at = max(now, pair.due.run_at)
+    return plan_run(domain, pair.policy, capabilities, now=at, storage=storage, policies=pair.policies)
 
 
 def survey(

@@ -13,9 +13,9 @@ from kvmsnapd.daemon import read_clock
 from kvmsnapd.disks import data_folders
 from kvmsnapd.durations import format_duration, rough_duration
 from kvmsnapd.errors import DomainNotFoundError
-from kvmsnapd.fleet import explain_unprotected, survey
+from kvmsnapd.fleet import explain_unprotected, plan_next, survey
 from kvmsnapd.libvirt_host import LibvirtHost
-from kvmsnapd.plan import judge, plan_run
+from kvmsnapd.plan import judge
 
 if TYPE_CHECKING:
     import argparse
@@ -180,18 +180,11 @@ def show_plan(arguments: argparse.Namespace) -> int:
     sight = _look(arguments)
     capabilities = sight.host.capabilities()
     domains = {domain.uuid: sight.host.domain(domain.uuid) for domain in sight.domains}
-    # Of a pair with nothing due now, the run of its next slot is planned.
-    plans = [
-        plan_run(
-            domain := domains[pair.name.domain_uuid],
-            pair.policy,
-            capabilities,
-            now=max(sight.now, pair.due.run_at),
-            storage=sight.host.storage(domain, data_folders(domain, pair.policy)),
-            policies=pair.policies,
-        )
-        for pair in sight.pairs
-    ]
+    plans = []
+    for pair in sight.pairs:
+        domain = domains[pair.name.domain_uuid]
+        storage = sight.host.storage(domain, data_folders(domain, pair.policy))
+        plans.append(plan_next(pair, domain, capabilities, storage, now=sight.now))
     sight.host.close()
     if arguments.json:
         print(json.dumps([_plan_object(plan) for plan in plans], indent=2))
