@@ -11,7 +11,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 from kvmsnapd.audit import audit
-from kvmsnapd.config import load_config
+from kvmsnapd.changes import compare_fleets, compare_policies
 from kvmsnapd.diagnosis import Level
 from kvmsnapd.errors import ConfigError, HypervisorError, KvmsnapdError
 from kvmsnapd.events import (
@@ -30,6 +30,7 @@ from kvmsnapd.fleet import survey
 from kvmsnapd.gates import HostGate, StorageGates
 from kvmsnapd.http_server import MetricsServer
 from kvmsnapd.libvirt_host import LibvirtHost
+from kvmsnapd.live_config import LiveConfig
 from kvmsnapd.logs import configure_logging, log_event
 from kvmsnapd.metrics import Metrics
 from kvmsnapd.scheduler import JobScheduler, Wanted, retry_delay
@@ -40,12 +41,15 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from kvmsnapd.config import Config
-    from kvmsnapd.events import Event, Publish
+    from kvmsnapd.events import DomainPoliciesChanged, Event, Publish
     from kvmsnapd.fleet import Fleet, Pair
     from kvmsnapd.policy import Policy
 
 DRAIN = timedelta(seconds=60)
 """How long a stop waits for runs that are going on; a snapshot or merge that takes longer is finished by libvirt."""
+
+_WATCH_SECONDS = 2.0
+"""How often the files are looked at where edits are put in force by themselves."""
 
 _SHORTEST_TICK_SECONDS = 1.0
 """Runs that end ask for a tick, so that metrics are fresh; many at once must not cause as many."""
@@ -108,13 +112,13 @@ class Daemon:
         # Blocked before any thread begins, which inherits it, signals stay with run(), which takes them one by one. A
         # handler would run between any two steps of the main thread.
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-        self._config_path = config_path
-        self._config = load_config(config_path)
-        settings = self._config.settings
+        self._live = LiveConfig(config_path, clock=read_clock)
+        config = self._live.current
+        settings = config.settings
         self._started_with = settings
         self._uri = connect or settings.connect
         configure_logging(level=settings.log.level, form=settings.log.format)
-        self._config_ok, self._config_loaded_at = True, read_clock()
+        self._swap = threading.Lock()  # of the configuration, with all that was made of it
         self._fleet: Fleet | None = None
         self._libvirt_up = False
         self._last_tick_at: datetime | None = None
@@ -123,8 +127,8 @@ class Daemon:
         self._watch = watch
         self._host = LibvirtHost(self._uri)
         try:
-            locks = DomainLocks(self._config.runtime_directory / "locks")
-            self._intents = FreezeIntents(self._config.state_directory / "frozen")
+            locks = DomainLocks(config.runtime_directory / "locks")
+            self._intents = FreezeIntents(config.state_directory / "frozen")
         except OSError as error:
             msg = f"cannot use {error.filename}: {error.strerror}; set runtime_directory and state_directory"
             raise KvmsnapdError(msg) from error
@@ -159,13 +163,20 @@ class Daemon:
 
     def run(self) -> int:
         """Work until SIGTERM or SIGINT; SIGHUP reloads. Return the exit code, 1 if a run did not end in time."""
-        self._publish_config(self._config)
+        self._publish_config(self._live.current)
+        self._live.write_note()
         self._publish(DaemonStarted(uri=self._uri, metrics=self.server.url if self.server else None))
         self._scheduler.start()
         ticking = threading.Thread(target=self._tick_forever, name="tick", daemon=True)
         ticking.start()
-        while signal.sigwait(_SIGNALS) == signal.SIGHUP:
-            self._reload()
+        while True:
+            settings = self._live.current.settings
+            pause = _WATCH_SECONDS if settings.watch else settings.tick.total_seconds()
+            received = signal.sigtimedwait(_SIGNALS, pause)
+            if received and received.si_signo != signal.SIGHUP:
+                break
+            if received or self._live.look():
+                self._reload()
         self._stopping.set()
         self._tick_wanted.set()
         ended = self._scheduler.stop(DRAIN)
@@ -175,6 +186,7 @@ class Daemon:
         closing = threading.Thread(target=self._host.close, name="close", daemon=True)
         closing.start()
         closing.join(_CLOSE_SECONDS)
+        self._live.remove_note()
         self._publish(DaemonStopped(unfinished=tuple(sorted(self._scheduler.active()))))
         return 0 if ended else 1
 
@@ -184,8 +196,9 @@ class Daemon:
             fleet=self._fleet,
             libvirt_up=self._libvirt_up,
             last_tick_at=self._last_tick_at,
-            config_ok=self._config_ok,
-            config_loaded_at=self._config_loaded_at,
+            config_ok=not self._live.rejected,
+            config_stale=self._live.stale,
+            config_loaded_at=self._live.loaded_at,
             freeze_intents=len(self._intents.outstanding()),
             attempts=dict(self._attempts),
         )
@@ -207,7 +220,7 @@ class Daemon:
                 if self._stopping.is_set():
                     return  # the scheduler is being taken down meanwhile
                 logging.getLogger(__name__).exception("tick ended in an unforeseen error")
-            pause = self._config.settings.tick.total_seconds()
+            pause = self._live.current.settings.tick.total_seconds()
             self._tick_wanted.wait(pause if self._libvirt_up else min(pause, _RECONNECT_SECONDS))
             if not self._stopping.is_set():
                 time.sleep(_SHORTEST_TICK_SECONDS)
@@ -215,10 +228,10 @@ class Daemon:
 
     def _tick(self) -> None:
         """Look at libvirt once and put jobs, retries and metrics in step with what is there."""
-        config, now = self._config, read_clock()
+        config, now = self._live.current, read_clock()
         try:
             capabilities = self._host.capabilities()
-            fleet = survey(config.policies, config.selectors, self._host.inventory(), now=now)
+            fleet = survey(config.expected_policies, config.selectors, self._host.inventory(), now=now)
         except HypervisorError as error:
             if self._libvirt_up or self._last_tick_at is None:
                 self._publish(LibvirtLost(uri=self._uri, error=str(error)))
@@ -231,12 +244,15 @@ class Daemon:
         if self._intents.outstanding() and not (self._thawing and self._thawing.is_alive()):
             self._thawing = threading.Thread(target=self._executor.thawer.thaw_all, name="thaw", daemon=True)
             self._thawing.start()
-        self._pairs = {pair.name.key: pair for pair in fleet.pairs}
+        with self._swap:
+            if config is not self._live.current:  # replaced meanwhile; looked at anew by the new one
+                self._tick_wanted.set()
+                return
+            self._take_over(fleet)
         for record in (self._attempts, self._failures, self._missed):
             for gone in record.keys() - self._pairs.keys():
                 record.pop(gone, None)
-        self._metrics.keep_only((pair.name.domain, pair.name.policy) for pair in fleet.pairs)
-        self._fleet, self._libvirt_up, self._last_tick_at = fleet, True, now
+        self._libvirt_up, self._last_tick_at = True, now
         for pair in fleet.pairs:
             self._report_missed(pair)
         changes = self._scheduler.sync({key: self._wanted(pair, now) for key, pair in self._pairs.items()})
@@ -252,7 +268,7 @@ class Daemon:
                 intents=self._intents.outstanding,
                 now=now,
                 locks=self._executor.locks,
-                policies=self._config.policies.values(),
+                policies=self._live.current.all_policies,
             )
         except HypervisorError as error:
             logging.getLogger(__name__).warning("the audit was cut off: %s", error)
@@ -312,26 +328,47 @@ class Daemon:
     def _reload(self) -> None:
         """Read the configuration anew; on any error the one in force stays, untouched."""
         try:
-            config = load_config(self._config_path)
-        except ConfigError as error:
-            self._config_ok = False
-            self._publish(ConfigRejected(path=str(self._config_path), problems=tuple(error.problems)))
+            config = self._live.read()
+        except ConfigError:
+            self._publish(ConfigRejected(path=str(self._live.path), problems=self._live.rejected))
             return
-        before, after = self._started_with, config.settings
-        configure_logging(level=after.log.level, form=after.log.format)
-        self._config, self._config_ok, self._config_loaded_at = config, True, read_clock()
-        self._pairs = {}  # until the next tick: a run that waited must not go on by the policy of before
-        self._failures.clear()  # what was in the way may be what the edit was for
-        self._publish_config(config, tuple(n for n in _FIXED if getattr(before, n) != getattr(after, n)))
+        configure_logging(level=config.settings.log.level, form=config.settings.log.format)
+        before, now = self._live.current, read_clock()
+        changes: tuple[DomainPoliciesChanged, ...] = ()
+        with self._swap:
+            self._live.replace(config)
+            if self._fleet:
+                # By the new configuration at once: a run that begins before the next tick must not go by the old one.
+                fleet = survey(config.expected_policies, config.selectors, self._fleet.domains, now=now)
+                changes = compare_fleets(self._fleet, fleet, now=now)
+                self._take_over(fleet)
+        # What was in the way of a run may be what the edit was for.
+        for key in {f"{c.domain_uuid}/{policy}" for c in changes for policy in c.changed}:
+            self._failures.pop(key, None)
+        self._publish_config(config, before, len(changes))
+        for change in changes:
+            self._publish(change)
         self._tick_wanted.set()
 
-    def _publish_config(self, config: Config, needs_restart: tuple[str, ...] = ()) -> None:
+    def _take_over(self, fleet: Fleet) -> None:
+        """Let runs, metrics and people see this fleet. To be called with the lock held."""
+        self._fleet = fleet
+        self._pairs = {pair.name.key: pair for pair in fleet.pairs}
+        self._metrics.keep_only((pair.name.domain, pair.name.policy) for pair in fleet.pairs)
+
+    def _publish_config(self, config: Config, before: Config | None = None, domains_changed: int = 0) -> None:
+        policies = compare_policies(before.policies if before else config.policies, config.policies)
+        old, new = self._started_with, config.settings
         self._publish(
             ConfigLoaded(
-                path=str(config.path),
+                files=config.files,
                 policies=len(config.policies),
                 selectors=len(config.selectors),
                 warnings=config.warnings,
-                needs_restart=needs_restart,
+                needs_restart=tuple(n for n in _FIXED if getattr(old, n) != getattr(new, n)),
+                policies_added=policies.added,
+                policies_removed=policies.removed,
+                policies_changed=policies.changed,
+                domains_changed=domains_changed,
             )
         )

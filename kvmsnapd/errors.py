@@ -23,6 +23,7 @@ A refusal to touch a domain is not an error but an answer: see :class:`kvmsnapd.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 
@@ -37,15 +38,38 @@ class InvalidValueError(KvmsnapdError, ValueError):
     """
 
 
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong in the configuration, as a compiler would show it."""
+
+    message: str
+    """What is wrong, and what is allowed."""
+    file: str
+    """Its path, or ``environment NAME`` for a variable."""
+    line: int = 0
+    """From 1; 0 if it is about no line."""
+    column: int = 0
+    key: str = ""
+    """The path of the key, such as ``policies.standard.keep.last``."""
+    excerpt: str = ""
+    """The line of the file, with a caret below."""
+
+    @property
+    def place(self) -> str:
+        """``file:line:column``, as editors jump to it."""
+        return f"{self.file}:{self.line}:{self.column}" if self.line else self.file
+
+    def __str__(self) -> str:
+        """Return the one text that check-config, the start, a reload and the log all show."""
+        first = ": ".join(part for part in (self.place, self.key, self.message) if part)
+        return f"{first}\n{self.excerpt}" if self.excerpt else first
+
+
 class ConfigError(KvmsnapdError):
-    """The configuration was refused as a whole; nothing of it is in force.
+    """The configuration was refused as a whole; nothing of it is in force. ``problems`` is all that is wrong."""
 
-    Args:
-        problems: one line each, ``file:line:column: key path: what is wrong and what is allowed``.
-    """
-
-    def __init__(self, problems: list[str]) -> None:
-        super().__init__("\n".join(problems))
+    def __init__(self, problems: list[Problem]) -> None:
+        super().__init__("\n".join(map(str, problems)))
         self.problems = problems
 
 

@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, ClassVar
 
@@ -236,14 +236,46 @@ class DaemonStopped(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConfigLoaded(Event):
-    """A configuration is in force; settings in ``needs_restart`` only after the next start."""
+    """A configuration is in force; settings in ``needs_restart`` only after the next start.
+
+    What the policies' names stand for, and for how many domains, is compared with the configuration before.
+    """
 
     NAME: ClassVar[str] = "config.loaded"
-    path: str
+    files: tuple[str, ...]
     policies: int
     selectors: int
     warnings: tuple[str, ...]
-    needs_restart: tuple[str, ...]
+    needs_restart: tuple[str, ...] = ()
+    policies_added: tuple[str, ...] = ()
+    policies_removed: tuple[str, ...] = ()
+    policies_changed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    domains_changed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DomainPoliciesChanged(Event):
+    """A reload changed what applies to one domain.
+
+    ``changed`` names the settings that differ, by policy. ``releases`` is how many more snapshots the new keep rules
+    release, by policy; those of ``fuse`` wait, since they are more than may go at once. ``leaves`` is how many
+    snapshots of policies that it no longer has stay where they are.
+    """
+
+    NAME: ClassVar[str] = "config.domain_changed"
+    domain: str
+    domain_uuid: str
+    gained: tuple[str, ...]
+    lost: tuple[str, ...]
+    changed: Mapping[str, tuple[str, ...]]
+    releases: Mapping[str, int]
+    fuse: tuple[str, ...]
+    leaves: int
+
+    @property
+    def severity(self) -> Severity:
+        """What needs a person's eye is a warning."""
+        return Severity.WARNING if self.fuse or self.leaves else Severity.INFO
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

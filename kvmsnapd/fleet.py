@@ -11,17 +11,18 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+from kvmsnapd.matching import Coverage, assign, missing_domains
 from kvmsnapd.model import PairName
 from kvmsnapd.plan import due_for, plan_run
-from kvmsnapd.policy import Coverage, assign, missing_domains
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from datetime import datetime
 
+    from kvmsnapd.matching import Assignment
     from kvmsnapd.model import Capabilities, Domain, Inventory, Snapshot, Storage
     from kvmsnapd.plan import Plan
-    from kvmsnapd.policy import Assignment, Policy
+    from kvmsnapd.policy import Policy
     from kvmsnapd.schedule import Due
 
 

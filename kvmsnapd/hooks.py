@@ -25,6 +25,7 @@ OUTPUT_LIMIT = 4096
 
 _CUT = "\n[more output was dropped]"
 _ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"}
+_CREDENTIALS = "CREDENTIALS_DIRECTORY"
 _SIGTERM_SECONDS = 2.0
 _SIGKILL_SECONDS = 2.0  # it acts at once, or not for as long as the kernel waits for something
 _LONGEST_POLL_SECONDS = 3600.0  # poll(2) counts milliseconds in an int
@@ -48,7 +49,8 @@ def run_hook(command: Sequence[str], variables: Mapping[str, str], *, timeout: t
     """Run ``command`` to its end, or kill it; what goes wrong is in the result, not raised. Safe in several threads.
 
     The hook has no stdin, no other file of ours, a session of its own, no signal blocked or ignored, and an environment
-    of PATH, LANG and ``variables``, in whose PATH a name without a slash is looked up. Its working directory is this
+    of PATH, LANG, systemd's CREDENTIALS_DIRECTORY if there is one, and ``variables``, in whose PATH a name without a
+    slash is looked up. Its working directory is this
     process's, which systemd makes ``/``: posix_spawn cannot set it, and chdir here would move all threads.
 
     After ``timeout`` its process group gets SIGTERM, and SIGKILL 2 seconds later if its main process, or anything that
@@ -59,8 +61,9 @@ def run_hook(command: Sequence[str], variables: Mapping[str, str], *, timeout: t
     as it may be meant to stay; it must send its output elsewhere, for there is no reader any more (SIGPIPE).
     """
     started = time.monotonic()
+    credentials = {_CREDENTIALS: os.environ[_CREDENTIALS]} if _CREDENTIALS in os.environ else {}
     try:
-        pid, pidfd, pipe = _start(command, {**_ENVIRONMENT, **variables})
+        pid, pidfd, pipe = _start(command, {**_ENVIRONMENT, **credentials, **variables})
     except (OSError, TypeError, ValueError) as error:  # the latter two: a NUL, no text, no command, a name with "="
         reason = (isinstance(error, OSError) and error.strerror) or error
         took = time.monotonic() - started

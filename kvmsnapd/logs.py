@@ -15,7 +15,7 @@ from kvmsnapd.events import RunEvent
 from kvmsnapd.model import PairName
 
 if TYPE_CHECKING:
-    from structlog.typing import Processor
+    from structlog.typing import EventDict, Processor
 
     from kvmsnapd.events import Event
 
@@ -36,7 +36,7 @@ def configure_logging(*, level: str, form: str) -> None:
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
     rendering: list[Processor] = (
-        [structlog.dev.ConsoleRenderer(colors="NO_COLOR" not in os.environ and sys.stderr.isatty())]
+        [_unfold, structlog.dev.ConsoleRenderer(colors="NO_COLOR" not in os.environ and sys.stderr.isatty())]
         if people
         else [
             # Local variables in tracebacks could hold secrets.
@@ -66,6 +66,14 @@ def configure_logging(*, level: str, form: str) -> None:
         logger_factory=structlog.stdlib.LoggerFactory(),
         wrapper_class=structlog.stdlib.BoundLogger,
     )
+
+
+def _unfold(_logger: object, _method: str, record: EventDict) -> EventDict:
+    """Show lists of texts with line breaks, such as problems of the configuration, as people read them."""
+    for key, value in record.items():
+        if isinstance(value, tuple) and any(isinstance(text, str) and "\n" in text for text in value):
+            record[key] = "\n" + "\n".join(value)
+    return record
 
 
 def log_event(event: Event) -> None:

@@ -107,7 +107,7 @@ def plan_run(
     refusal = answer if isinstance(answer, Refusal) else None
     upcoming = None if unchanged else due.slot
     verdicts = judge(domain, policy, now=now, upcoming=upcoming)
-    owed_before = _owed(domain, policy)
+    owed_before = owed_by(domain, policy)
     deletes, blocked = plan_deletes(
         domain,
         policy,
@@ -139,9 +139,9 @@ def plan_run(
     return Plan(domain.uuid, domain.name, policy.name, due, take, unchanged, refusal, room, verdicts, deletes, blocked)
 
 
-def _owed(domain: Domain, policy: Policy) -> int:
+def owed_by(inventory: Inventory, policy: Policy) -> int:
     """Return how many deletes were owed, for another reason than the fuse, when the newest snapshot was taken."""
-    marks = [(s.mark.scheduled_at, s.mark.attempt, s.mark.owed) for s in domain.of_policy(policy.name) if s.mark]
+    marks = [(s.mark.scheduled_at, s.mark.attempt, s.mark.owed) for s in inventory.of_policy(policy.name) if s.mark]
     return max(marks, default=(None, None, 0))[2]
 
 

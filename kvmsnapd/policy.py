@@ -1,12 +1,7 @@
-"""Policies as plan and execution see them: complete, without defaults left to fill; and which domain has which.
-
-A domain is matched by exact name or UUID first, then by the most specific pattern. An empty list of policies means
-"unprotected on purpose".
-"""
+"""Policies as plan and execution see them: complete, without defaults left to fill."""
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import StrEnum
@@ -16,10 +11,9 @@ from typing import TYPE_CHECKING
 from kvmsnapd.schedule import stable_splay
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
     from zoneinfo import ZoneInfo
 
-    from kvmsnapd.model import Disk, Domain, Inventory, Kind
+    from kvmsnapd.model import Disk, Domain, Kind
     from kvmsnapd.retention import KeepRules
     from kvmsnapd.schedule import Schedule
 
@@ -111,74 +105,3 @@ class Policy:
     def splay_of(self, domain_uuid: str) -> timedelta:
         """Return how long after each slot this domain's run begins."""
         return stable_splay(domain_uuid, self.name, self.splay)
-
-
-class Coverage(StrEnum):
-    """Why a domain has the policies it has, or none."""
-
-    PROTECTED = "protected"
-    UNPROTECTED_ON_PURPOSE = "unprotected on purpose"
-    UNMATCHED = "unmatched"
-    AMBIGUOUS = "ambiguous"
-
-
-@dataclass(frozen=True, slots=True)
-class Assignment:
-    """The policies of one domain, and the patterns that decided it (several only when they disagree)."""
-
-    domain_uuid: str
-    domain_name: str
-    coverage: Coverage
-    policies: tuple[Policy, ...] = ()
-    patterns: tuple[str, ...] = ()
-
-
-def assign(selectors: Mapping[str, tuple[Policy, ...]], domains: Iterable[Inventory]) -> tuple[Assignment, ...]:
-    """Decide which policies each domain has, in the order given.
-
-    Of several glob patterns that match, the one with the most literal characters wins. If two equally specific ones
-    name different policies the domain is ambiguous and gets none: guessing could delete snapshots.
-    """
-    globs = [selector for selector in selectors if is_pattern(selector)]
-    # Most specific first, so that the common case stops early; the name makes the order stable.
-    globs.sort(key=lambda glob: (-literal_length(glob), glob))
-    return tuple(_assign_one(selectors, globs, domain) for domain in domains)
-
-
-def _assign_one(selectors: Mapping[str, tuple[Policy, ...]], globs: list[str], domain: Inventory) -> Assignment:
-    def assigned(coverage: Coverage, *patterns: str) -> Assignment:
-        policies = selectors[patterns[0]] if coverage is Coverage.PROTECTED else ()
-        return Assignment(domain.uuid, domain.name, coverage, policies, patterns)
-
-    def decided(pattern: str) -> Assignment:
-        purpose = Coverage.PROTECTED if selectors[pattern] else Coverage.UNPROTECTED_ON_PURPOSE
-        return assigned(purpose, pattern)
-
-    exact = [selector for selector in (domain.name, domain.uuid) if selector in selectors]
-    if exact:
-        agree = all(selectors[selector] == selectors[exact[0]] for selector in exact)
-        return decided(exact[0]) if agree else assigned(Coverage.AMBIGUOUS, *exact)
-    matching = [glob for glob in globs if fnmatchcase(domain.name, glob)]
-    if not matching:
-        return assigned(Coverage.UNMATCHED)
-    best = [glob for glob in matching if literal_length(glob) == literal_length(matching[0])]
-    if any(selectors[glob] != selectors[best[0]] for glob in best):
-        return assigned(Coverage.AMBIGUOUS, *best)
-    return decided(best[0])
-
-
-def is_pattern(selector: str) -> bool:
-    """Tell whether a selector is a glob pattern and not a name."""
-    return any(character in selector for character in "*?[")
-
-
-def literal_length(glob: str) -> int:
-    """Return how many characters of a domain's name the pattern fixes; a ``[…]`` class fixes none."""
-    without_classes = re.sub(r"\[!?\]?[^\]]*\]", "", glob)
-    return sum(character not in "*?" for character in without_classes)
-
-
-def missing_domains(selectors: Iterable[str], domains: Iterable[Inventory]) -> tuple[str, ...]:
-    """Return the selectors that name one domain and fit none: a typing error, or the domain is gone."""
-    known = {word for domain in domains for word in (domain.name, domain.uuid)}
-    return tuple(selector for selector in selectors if selector not in known and not is_pattern(selector))

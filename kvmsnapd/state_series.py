@@ -10,7 +10,7 @@ from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily
 
 from kvmsnapd import __version__
 from kvmsnapd.fleet import Fleet
-from kvmsnapd.policy import Coverage
+from kvmsnapd.matching import Coverage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -29,6 +29,7 @@ class Observation:
     libvirt_up: bool = False
     last_tick_at: datetime | None = None
     config_ok: bool = True
+    config_stale: bool = False
     config_loaded_at: datetime | None = None
     freeze_intents: int = 0
     attempts: dict[str, datetime] = field(default_factory=dict)
@@ -60,6 +61,11 @@ class StateCollector:
             "config_last_reload_successful",
             "Whether the last configuration read was accepted. Worry at 0: an old one is in force.",
             seen.config_ok,
+        )
+        yield _gauge(
+            "config_stale",
+            "1 while the files differ from the configuration in force. Worry when it lasts: reload.",
+            seen.config_stale,
         )
         yield _gauge(
             "config_last_reload_success_timestamp_seconds",

@@ -78,13 +78,20 @@ def _parser() -> argparse.ArgumentParser:
         return command
 
     add("run", ("run", "run"), "Run the daemon.", "SIGHUP reloads the configuration, SIGTERM ends it.")
-    add(
+    check = add(
         "check-config",
         ("check", "check_config"),
         "Check the configuration.",
-        "Reads the file only; with --connect also compares it with the domains of that libvirt. Changes nothing.",
+        "Reads the files only; with --connect also compares them with the domains of that libvirt. Changes nothing.",
         table,
     )
+    check.add_argument(
+        "--resolved",
+        nargs="*",
+        metavar="DOMAIN",
+        help="print what applies to these domains, or to all, and the place each value comes from",
+    )
+    add("schema", ("check", "schema"), "Print the JSON Schema of the configuration.", "For editors and checkers.")
     for name, summary, more in (
         ("status", "Show every domain and policy, worst first.", "Works with the daemon stopped. Changes nothing."),
         ("list", "List snapshots, own and foreign, with the reasons they stay.", "Changes nothing."),

@@ -37,7 +37,7 @@ def doctor(arguments: argparse.Namespace) -> int:
     host = LibvirtHost(uri)
     now = read_clock()
     try:
-        fleet = survey(config.policies, config.selectors, host.inventory(), now=now)
+        fleet = survey(config.expected_policies, config.selectors, host.inventory(), now=now)
         rights = list(_rights(host, config))
         seen = audit(
             host,
@@ -45,7 +45,7 @@ def doctor(arguments: argparse.Namespace) -> int:
             intents=lambda: _intents(config),
             now=now,
             locks=_locks(config),
-            policies=config.policies.values(),
+            policies=config.all_policies,
         )
     finally:
         host.close()

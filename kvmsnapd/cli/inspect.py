@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from kvmsnapd.cli.render import print_table
-from kvmsnapd.config import load_config
+from kvmsnapd.config import load_config, service_directory
 from kvmsnapd.daemon import read_clock
 from kvmsnapd.disks import data_folders
 from kvmsnapd.durations import format_duration, rough_duration
-from kvmsnapd.errors import DomainNotFoundError
+from kvmsnapd.errors import ConfigError, DomainNotFoundError
 from kvmsnapd.fleet import explain_unprotected, plan_next, survey
 from kvmsnapd.libvirt_host import LibvirtHost
+from kvmsnapd.live_config import read_note
 from kvmsnapd.plan import judge
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Sequence
     from datetime import datetime
+    from pathlib import Path
 
+    from kvmsnapd.config import Config
     from kvmsnapd.fleet import Fleet, Pair
     from kvmsnapd.model import Inventory, Snapshot
     from kvmsnapd.plan import Plan
@@ -36,17 +40,29 @@ class _Sight:
     domains: tuple[Inventory, ...]
     pairs: tuple[Pair, ...]
     now: datetime
+    daemon: dict[str, Any] | None
+    """What a running daemon has noted of its configuration."""
 
 
 def _look(arguments: argparse.Namespace) -> _Sight:
-    config = load_config(arguments.config)
+    config = _load(arguments.config)
     host = LibvirtHost(arguments.connect or config.settings.connect)
     now = read_clock()
-    fleet = survey(config.policies, config.selectors, host.inventory(), now=now)
+    fleet = survey(config.expected_policies, config.selectors, host.inventory(), now=now)
     wanted = {_find(fleet, word).uuid for word in arguments.domains} or {d.uuid for d in fleet.domains}
     domains = tuple(domain for domain in fleet.domains if domain.uuid in wanted)
     pairs = tuple(pair for pair in fleet.pairs if pair.name.domain_uuid in wanted)
-    return _Sight(host, fleet, domains, pairs, now)
+    return _Sight(host, fleet, domains, pairs, now, read_note(arguments.config, config.runtime_directory))
+
+
+def _load(path: Path) -> Config:
+    try:
+        return load_config(path)
+    except ConfigError:
+        note = read_note(path, service_directory("RUNTIME_DIRECTORY"))
+        if note:
+            print(f"The daemon goes on with the configuration that it read at {note['loaded_at']}.", file=sys.stderr)
+        raise
 
 
 def _find(fleet: Fleet, word: str) -> Inventory:
@@ -72,10 +88,14 @@ def show_status(arguments: argparse.Namespace) -> int:
             "unprotected": [assignment.domain_name for assignment in unprotected],
             "missing": list(fleet.missing_domains),
             "unmanaged": unmanaged,
+            "daemon": sight.daemon,
         }
         print(json.dumps(answer, indent=2))
         return 0
     print_table([_status_row(pair, sight.now) for pair in pairs])
+    if sight.daemon and sight.daemon["rejected"]:
+        print(f"the daemon refused an edit, and goes on with what it read at {sight.daemon['loaded_at']}:")
+        print("\n".join(sight.daemon["rejected"]))
     for assignment in unprotected:
         print(f"{assignment.domain_name}: {explain_unprotected(assignment)}")
     for name, count in unmanaged.items():

@@ -1,5 +1,6 @@
-"""The configuration file: YAML with positions, pydantic models, and the core's policies made of them."""
+"""The configuration files: YAML with positions, pydantic models, and the core's policies made of them."""
 
-from kvmsnapd.config.load import Config, load_config
+from kvmsnapd.config.files import fingerprint
+from kvmsnapd.config.load import Config, Setting, load_config, service_directory
 
-__all__ = ["Config", "load_config"]
+__all__ = ["Config", "Setting", "fingerprint", "load_config", "service_directory"]

@@ -7,12 +7,13 @@ Only what people expect is converted: ``true``/``false``, ``null``, decimal numb
 from __future__ import annotations
 
 import re
+import unicodedata
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from kvmsnapd.errors import ConfigError
+from kvmsnapd.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,68 +21,133 @@ if TYPE_CHECKING:
 Location = tuple[str | int, ...]
 """The path of a key from the top of the document, such as ``("policies", "standard", "keep", "last")``."""
 
-_MOST_BYTES = 4 * 2**20
-_MOST_NODES = 500_000
+MOST_NODES = 200_000
+"""Values in a file, those that aliases repeat counted each time: ten thousand domains with overrides fit."""
+
 _DEEPEST = 20
 _KNOWN_TAGS = ("tag:yaml.org,2002:", "None")
 _INTEGER = re.compile(r"-?(0|[1-9][0-9]{0,17})")
 _WORDS = {"true": True, "false": False, "null": None, "~": None, "": None}
+_LINE_BREAK = re.compile("\r\n|[\n\r\x85\u2028\u2029]")  # those of YAML 1.1, by which the parser counts lines
+_FORBIDDEN = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # YAML 1.1, 5.1
+_WIDEST_EXCERPT = 110
+_HINTS = {
+    "mapping values are not allowed in this context": "; quote text that contains `: `, or look at the indentation",
+    "but found another document": "; a file holds one, remove the line `---` or put the rest into conf.d",
+    "did not find expected key": "; look at the indentation",
+}
+"""What to do about some of the parser's complaints."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Where something stands on its first line; line and column count characters from 1."""
+
+    line: int
+    column: int
+    width: int = 1
 
 
 @dataclass
 class Document:
-    """A YAML file: its plain data, and line and column (from 1) of each key and value."""
+    """A YAML file: its plain data, and where each key and value stands."""
 
     path: str
+    lines: list[str]
     data: dict[str, Any] = field(default_factory=dict)
-    keys: dict[Location, tuple[int, int]] = field(default_factory=dict)
-    values: dict[Location, tuple[int, int]] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
+    keys: dict[Location, Span] = field(default_factory=dict)
+    values: dict[Location, Span] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
 
-    def place(self, location: Location, *, of_key: bool = False) -> str:
-        """Return ``file:line:column`` of a location, or of the nearest enclosing one that the file has."""
-        positions = self.keys if of_key else self.values
-        while location and location not in positions:
-            location, positions = location[:-1], self.keys
-        line, column = positions.get(location, (1, 1))
-        return f"{self.path}:{line}:{column}"
+    def span(self, location: Location, *, of_key: bool = False) -> Span:
+        """Return where a location stands, or the nearest enclosing one that the file has.
+
+        A value that begins in a line below its key is shown by the key.
+        """
+        while location and location not in self.values:
+            location, of_key = location[:-1], True
+        key, value = self.keys.get(location), self.values.get(location, Span(1, 1))
+        return key if key and (of_key or value.line > key.line) else value
+
+    def problem(self, span: Span, message: str, location: Location = ()) -> Problem:
+        """Return a problem of this file that shows the line it is about."""
+        return Problem(message, self.path, span.line, span.column, format_key(location), self._excerpt(span))
+
+    def _excerpt(self, span: Span) -> str:
+        """Return the line with a caret below, or the part of a long one that is around the place."""
+        line = self.lines[span.line - 1] if span.line <= len(self.lines) else ""
+        at = span.column - 1
+        start = max(0, at - _WIDEST_EXCERPT // 2) if len(line) > _WIDEST_EXCERPT else 0
+        shown = "".join(
+            c if c.isprintable() else " " if c == "\t" else "\ufffd" for c in line[start:][:_WIDEST_EXCERPT]
+        )
+        before = "".join(_as_wide_as(character) for character in shown[: at - start])
+        caret = "^" * max(1, min(span.width, len(shown) - (at - start)))
+        return f"{span.line:>5} | {shown}".rstrip() + f"\n      | {before}{caret}"
+
+
+def format_key(location: Location) -> str:
+    """Return the path of a key as people write it: ``domains."web-*"[0]``."""
+    text = ""
+    for part in location:
+        if isinstance(part, int):
+            text += f"[{part}]"
+        else:
+            word = part if re.fullmatch(r"[\w-]+", part) else f'"{part}"'
+            text += f".{word}" if text else word
+    return text
+
+
+def to_yaml(value: Any) -> str:  # noqa: ANN401  # YAML data
+    """Return plain data as people write it in one line."""
+    text: str = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10**6, allow_unicode=True)
+    return text.removesuffix("...\n").strip()
 
 
 def parse_yaml(path: str, text: str) -> Document:
     """Read a YAML document whose top level is a mapping; an empty one is an empty mapping.
 
+    Duplicate keys and unknown tags are among the document's problems; its data is what remains without them.
+
     Raises:
-        ConfigError: the text is no YAML, has duplicate keys or unknown tags, or is too large; every problem found.
+        ConfigError: the text is no YAML, or too much of it.
     """
-    if len(text) > _MOST_BYTES:
-        raise ConfigError([f"{path}:1:1: the file is larger than {_MOST_BYTES} characters"])
-    document = Document(path)
+    document = Document(path, _LINE_BREAK.split(text.removeprefix("\ufeff")))
+    forbidden = _FORBIDDEN.search(text.removeprefix("\ufeff"))
+    if forbidden:
+        before = _LINE_BREAK.split(text.removeprefix("\ufeff")[: forbidden.start()])
+        place = Span(len(before), len(before[-1]) + 1)
+        message = f"not YAML: the character U+{ord(forbidden[0]):04X} is not allowed; remove it"
+        raise ConfigError([document.problem(place, message)])
     try:
-        _check_depth(path, text)
+        _check_size(document, text)
         root = yaml.compose(text, Loader=yaml.CSafeLoader)
     except yaml.MarkedYAMLError as error:
-        raise ConfigError([_explain(path, text, error)]) from error
+        raise ConfigError([_explain(document, error)]) from error
     except (yaml.YAMLError, RecursionError) as error:
-        raise ConfigError([f"{path}:1:1: not YAML: {' '.join(str(error).split())}"]) from error
+        raise ConfigError([document.problem(Span(1, 1), f"not YAML: {' '.join(str(error).split())}")]) from error
     if root is not None:
         data = _Reader(document).read(root, ())
         if isinstance(data, dict):
             document.data = data
         elif data is not None:
-            document.problems.append(f"{path}:1:1: the file must hold `key: value` lines, not a {_word(root)}")
-    if document.problems:
-        raise ConfigError(document.problems)
+            word = "list" if isinstance(root, yaml.SequenceNode) else "single value"
+            message = f"the file must hold `key: value` lines, not a {word}"
+            raise ConfigError([document.problem(_span(root), message)])
     return document
 
 
-def _check_depth(path: str, text: str) -> None:
-    """Refuse nesting that nobody writes, before composing it, which is recursive and would crash."""
-    depth = 0
+def _check_size(document: Document, text: str) -> None:
+    """Refuse what nobody writes before composing it, which is recursive and would crash, or take all memory."""
+    depth = nodes = 0
     for event in yaml.parse(text, Loader=yaml.CSafeLoader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > _DEEPEST:
-            place = f"{event.start_mark.line + 1}:{event.start_mark.column + 1}" if event.start_mark else "1:1"
-            raise ConfigError([f"{path}:{place}: nested more than {_DEEPEST} deep"])
+        nodes += isinstance(event, yaml.NodeEvent)
+        if depth > _DEEPEST or nodes > MOST_NODES:
+            mark = event.start_mark
+            place = Span(mark.line + 1, mark.column + 1) if mark else Span(1, 1)
+            what = f"nested more than {_DEEPEST} deep" if depth > _DEEPEST else f"more than {MOST_NODES} values"
+            raise ConfigError([document.problem(place, what)])
 
 
 class _Reader:
@@ -93,14 +159,12 @@ class _Reader:
 
     def read(self, node: yaml.Node, location: Location) -> Any:  # noqa: ANN401  # YAML data
         self._nodes += 1
-        self._document.values[location] = _position(node)
-        if self._nodes > _MOST_NODES or len(location) > _DEEPEST:  # aliases make a small file enormous, or endless
-            place = self._document.place(location)
-            raise ConfigError(
-                [f"{place}: more than {_MOST_NODES} values or {_DEEPEST} levels, aliases counted in full"]
-            )
+        self._document.values[location] = _span(node)
+        if self._nodes > MOST_NODES or len(location) > _DEEPEST:  # aliases make a small file enormous, or endless
+            message = f"more than {MOST_NODES} values or {_DEEPEST} levels, aliases counted in full"
+            raise ConfigError([self._document.problem(self._document.span(location[:1], of_key=True), message)])
         if node.tag != "!" and not str(node.tag).startswith(_KNOWN_TAGS):
-            self._document.problems.append(f"{self._document.place(location)}: tag {node.tag} is not understood")
+            self._report(_span(node), f"tag {node.tag} is not understood; remove it", location)
         if isinstance(node, yaml.MappingNode):
             return {key: self.read(value, (*location, key)) for key, value in self._entries(node, location)}
         if isinstance(node, yaml.SequenceNode):
@@ -109,20 +173,26 @@ class _Reader:
         return self._scalar(node)
 
     def _entries(self, node: yaml.MappingNode, location: Location) -> Iterator[tuple[str, yaml.Node]]:
-        first: dict[str, int] = {}
+        seen: set[str] = set()
         for key_node, value in node.value:
-            line, column = _position(key_node)
-            place = f"{self._document.path}:{line}:{column}"
+            span = _span(key_node)
             if not isinstance(key_node, yaml.ScalarNode):
-                self._document.problems.append(f"{place}: a key must be plain text")
+                self._report(span, "a key must be plain text", location)
                 continue
             key = str(key_node.value)
-            if key in first:
-                self._document.problems.append(f"{place}: key `{key}` is given twice (first in line {first[key]})")
+            if key in seen:
+                first = self._document.keys[*location, key]
+                places = f"first in {self._document.path}:{first.line}:{first.column}"
+                self._report(span, f"key `{key}` is given twice, {places}; keep one of them", (*location, key))
                 continue
-            first[key] = line
-            self._document.keys[*location, key] = (line, column)
+            seen.add(key)
+            self._document.keys[*location, key] = span
             yield key, value
+
+    def _report(self, span: Span, message: str, location: Location) -> None:
+        problem = self._document.problem(span, message, location)
+        if problem not in self._document.problems:  # an alias shows the same once more
+            self._document.problems.append(problem)
 
     def _scalar(self, node: yaml.ScalarNode) -> Any:  # noqa: ANN401
         text = str(node.value)
@@ -133,23 +203,32 @@ class _Reader:
         return int(text) if _INTEGER.fullmatch(text) else text
 
 
-def _position(node: yaml.Node) -> tuple[int, int]:
-    return node.start_mark.line + 1, node.start_mark.column + 1
+def _span(node: yaml.Node) -> Span:
+    start, end = node.start_mark, node.end_mark
+    width = end.column - start.column if end.line == start.line else 1
+    return Span(start.line + 1, start.column + 1, max(1, width))
 
 
-def _word(node: yaml.Node) -> str:
-    return "list" if isinstance(node, yaml.SequenceNode) else "single value"
+def _as_wide_as(character: str) -> str:
+    """Return the blanks that take as much room on a terminal."""
+    if unicodedata.combining(character):
+        return ""
+    return "  " if unicodedata.east_asian_width(character) in "WF" else " "
 
 
-def _explain(path: str, text: str, error: yaml.MarkedYAMLError) -> str:
+def _explain(document: Document, error: yaml.MarkedYAMLError) -> Problem:
     """Return the parser's complaint with its place, and a hint for the mistakes everybody makes once."""
-    mark = error.problem_mark or error.context_mark
-    line, column = (mark.line + 1, mark.column + 1) if mark else (1, 1)
-    lines = text.splitlines()
-    source = lines[line - 1] if line <= len(lines) else ""
-    hint = ""
+    problem = error.problem or error.context
+    # Of a quote that is never closed the end of the file tells nothing, its beginning does.
+    mark = error.context_mark if problem == "found unexpected end of stream" else error.problem_mark
+    mark = mark or error.problem_mark or error.context_mark
+    span = Span(mark.line + 1, mark.column + 1) if mark else Span(1, 1)
+    source = document.lines[span.line - 1] if span.line <= len(document.lines) else ""
+    hint = _HINTS.get(str(problem), "")
     if re.search(r"(^|[:\-\[{,])\s*[*@]", source):
         hint = '; what begins with * or @ must be quoted, such as schedule: "* * * * *" or "*-web": [standard]'
     elif "\t" in source:
         hint = "; indent with spaces, not with tabs"
-    return f"{path}:{line}:{column}: not YAML: {error.problem or error.context}{hint}"
+    elif error.context_mark and error.context_mark.line + 1 < span.line and str(error.context).startswith("while"):
+        hint = f" ({error.context}, begun in line {error.context_mark.line + 1}){hint}"
+    return document.problem(span, f"not YAML: {problem}{hint}")

@@ -137,8 +137,9 @@ def complaint(capsys: Capture, *arguments: str, code: int) -> str:
     assert main(arguments) == code
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err.count("\n") == 1
-    return captured.err.removesuffix("\n")
+    first, *rest = captured.err.removesuffix("\n").split("\n")
+    assert [line for line in rest if line[5:8] != " | "] == []  # the line of the file it is about
+    return first
 
 
 # Exit codes
@@ -213,9 +214,16 @@ def test_a_bad_configuration_ends_with_78_and_its_place(capsys: Capture, write: 
     )
 
 
-def test_every_problem_of_a_configuration_is_a_line(capsys: Capture, write: Write) -> None:
+def test_every_problem_of_a_configuration_is_shown_with_its_line(capsys: Capture, write: Write) -> None:
     assert main(["check-config", "--config", write("tick: soon\nworkers: 9\n")]) == 78
-    assert len(capsys.readouterr().err.splitlines()) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if line[5:8] == " | "] == [
+        "    1 | tick: soon",
+        "      |       ^^^^",
+        "    2 | workers: 9",
+        "      |          ^",
+    ]
+    assert len(lines) == 6
 
 
 def test_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,16 +296,17 @@ domains:
 
 
 def test_connect_finds_what_fits_no_domain_and_ends_with_1(capsys: Capture, write: Write, host: str) -> None:
-    text = answer(capsys, "check-config", "--config", write(FINDINGS_CONFIG), "--connect", host, code=1)
+    config = write(FINDINGS_CONFIG)
+    text = answer(capsys, "check-config", "--config", config, "--connect", host, code=1).replace(config, "FILE")
     findings = [line.removeprefix("finding: ") for line in text.splitlines() if line.startswith("finding: ")]
     assert findings == [
-        "domain 'gone' is configured, and libvirt has none of this name",
+        "FILE:6:3: domain 'gone' is configured, and libvirt has none of this name",
         "policy 'standard' applies to no domain",
         "policy 'idle' applies to no domain",
         ("domain 'lab' is unprotected: no entry under domains fits it; give it policies, or [] if that is meant"),
         (
             "domain 'web-1' is unprotected: *eb-1 and web-* fit it equally well and disagree; name it on a line "
-            "of its own"
+            "of its own (FILE:8:3, FILE:7:3)"
         ),
     ]
 
@@ -305,7 +314,7 @@ def test_connect_finds_what_fits_no_domain_and_ends_with_1(capsys: Capture, writ
 def test_check_config_as_json(capsys: Capture, write: Write, host: str) -> None:
     config = write(FINDINGS_CONFIG)
     found = json.loads(answer(capsys, "check-config", "--json", "--config", config, "--connect", host, code=1))
-    assert list(found) == ["policies", "warnings", "findings"]
+    assert list(found) == ["files", "policies", "warnings", "findings", "problems"]
     assert found["policies"] == ["standard", "other", "idle"]
     assert found["warnings"] == []
     assert len(found["findings"]) == 5
@@ -343,7 +352,7 @@ def status(capsys: Capture, config: str, *domains: str) -> dict[str, Any]:
 def test_status_as_json(capsys: Capture, write: Write, shared_host: SharedHost) -> None:
     name = shared_host.take(THIS_YEAR, taken_at=datetime.now(UTC) - timedelta(hours=5, minutes=30))
     found = status(capsys, write(CONFIG))
-    assert list(found) == ["pairs", "unprotected", "missing", "unmanaged"]
+    assert list(found) == ["pairs", "unprotected", "missing", "unmanaged", "daemon"]
     (pair,) = found["pairs"]
     assert list(pair) == STATUS_KEYS
     assert pair == {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
@@ -58,7 +59,7 @@ def problems(path: Path) -> list[str]:
     """Return the lines with which a file is refused, its path replaced by the bare name."""
     with pytest.raises(ConfigError) as refusal:
         load_config(path)
-    return [line.replace(str(path), path.name) for line in refusal.value.problems]
+    return [str(problem).replace(str(path), path.name) for problem in refusal.value.problems]
 
 
 @pytest.mark.parametrize("path", VALID, ids=lambda path: path.stem)
@@ -83,7 +84,8 @@ def test_no_text_is_left_without_its_sample() -> None:
 def test_every_line_of_a_text_begins_with_the_name_of_the_file(path: Path) -> None:
     lines = path.with_suffix(".txt").read_text(encoding="utf-8").splitlines()
     assert lines
-    assert [line for line in lines if not re.match(rf"{re.escape(path.name)}(:\d+:\d+)?: \S", line)] == []
+    form = re.compile(rf"{re.escape(path.name)}(:\d+:\d+)?: \S|[ \d]{{5}} \| ")
+    assert [line for line in lines if not form.match(line)] == []
 
 
 def sample(name: str) -> Config:
@@ -114,9 +116,16 @@ def test_every_setting_arrives_where_it_belongs() -> None:
         after=Hook(("hook-after",), timedelta(minutes=1)),
         on_failure=Hook(("hook-failed",), timedelta(seconds=10)),
     )
-    assert config.selectors == {"11111111-2222-3333-4444-555555555555": (policy,), "db-*": (warm,), "web-*": (part,)}
+    rare = config.policies["rare"]
+    assert (rare.disks, rare.max_age, str(rare.schedule)) == (part.disks, timedelta(days=3), "weekly")
+    assert config.selectors == {
+        "11111111-2222-3333-4444-555555555555": (policy,),
+        "db-*": (warm,),
+        "web-*": (part, replace(rare, max_age=timedelta(days=40))),
+    }
     settings = config.settings
     assert (settings.connect, settings.tick, settings.workers) == ("qemu+unix:///system", timedelta(seconds=10), 2)
+    assert settings.watch is True
     assert (settings.takes_per_storage, settings.merges_per_storage) == (3, 2)
     assert (settings.metrics.enabled, settings.metrics.listen, settings.metrics.port) == (False, "::1", 0)
     assert (settings.log.level, settings.log.format) == ("debug", "json")
@@ -303,7 +312,7 @@ def test_a_directory_is_refused(tmp_path: Path) -> None:
 
 def test_a_file_of_more_than_four_mebibytes_is_refused_unread(write: Write) -> None:
     path = write("# " + "x" * 4 * 2**20)
-    assert problems(path) == ["kvmsnapd.yaml:1:1: the file is larger than 4194304 characters"]
+    assert problems(path) == ["kvmsnapd.yaml:1:1: the file is larger than 4194304 bytes"]
 
 
 # The environment

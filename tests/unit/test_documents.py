@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+
 from kvmsnapd.config import load_config
-from kvmsnapd.config.reference import PATH, render
+from kvmsnapd.config.reference import FILES
 from kvmsnapd.metrics import Metrics
 from kvmsnapd.state_series import Observation
 from tests.builders import an_inventory
@@ -15,8 +17,9 @@ from tests.unit.test_metrics import a_fleet
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_configuration_reference_is_up_to_date() -> None:
-    assert PATH.read_text() == render(), "run ./dev exec python -m kvmsnapd.config.reference"
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_what_is_made_of_the_models_is_up_to_date(path: Path) -> None:
+    assert path.read_text() == FILES[path](), "run ./dev exec python -m kvmsnapd.config.reference"
 
 
 def test_the_default_configuration_is_valid_and_protects_nothing() -> None:

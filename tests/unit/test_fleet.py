@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from kvmsnapd.fleet import Fleet, survey
+from kvmsnapd.matching import Coverage
 from kvmsnapd.model import Unchanged
-from kvmsnapd.policy import Coverage
 from tests.builders import (
     NOW,
     OTHER_UUID,

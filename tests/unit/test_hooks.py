@@ -178,7 +178,8 @@ def test_the_environment_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("KVMSNAPD_CONNECT", "NOTIFY_SOCKET", "CREDENTIALS_DIRECTORY", "HOME"):
         monkeypatch.setenv(name, "/secret")
     output = run_hook(["/usr/bin/env"], {"KVMSNAPD_DOMAIN": "web 1\nx"}, timeout=LONG).output
-    assert sorted(output.split("\n")) == sorted([f"PATH={PATH}", "LANG=C.UTF-8", "KVMSNAPD_DOMAIN=web 1", "x"])
+    given = [f"PATH={PATH}", "LANG=C.UTF-8", "CREDENTIALS_DIRECTORY=/secret", "KVMSNAPD_DOMAIN=web 1", "x"]
+    assert sorted(output.split("\n")) == sorted(given)
 
 
 def test_a_name_is_looked_up_in_the_path_of_the_hook(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,16 +1,21 @@
-"""Policies: which domain gets which."""
+"""Which domain gets which policies."""
 
 from __future__ import annotations
 
+import re
+import time
 from typing import TYPE_CHECKING
 
 import pytest
 
-from kvmsnapd.policy import Assignment, Coverage, Policy, assign, is_pattern, literal_length, missing_domains
+from kvmsnapd.errors import InvalidValueError
+from kvmsnapd.matching import Assignment, Coverage, assign, check_selector, fits, is_pattern, missing_domains, weight
 from tests.builders import OTHER_UUID, UUID, a_policy, an_inventory
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from kvmsnapd.policy import Policy
 
 HOURLY, DAILY = a_policy("hourly"), a_policy("daily", schedule="daily")
 
@@ -113,21 +118,86 @@ def test_assignments_come_in_the_order_of_the_domains() -> None:
 
 
 @pytest.mark.parametrize(
-    ("glob", "length"),
+    ("pattern", "fixed"),
     [
-        ("*", 0),
-        ("web-*", 4),
-        ("web-?", 4),
-        ("web-[0-9]", 4),
-        ("web-[!0-9]x", 5),
-        ("web-[]x]", 4),  # a bracket that comes first belongs to the class
+        ("*", (0, 0)),
+        ("web-*", (4, 4)),
+        ("web-?", (4, 5)),
+        ("web-[0-9]", (4, 5)),
+        ("web-[!0-9]x", (5, 6)),
+        ("web-[]x]", (4, 5)),  # a bracket that comes first belongs to the class
+        ("/.*/", (0, 0)),
+        ("/web-[0-9]+/", (4, 5)),
+        (r"/web-\d{2}/", (4, 6)),
+        ("/(web|db)-[0-9]+/", (3, 4)),
+        ("/(web-)?x/", (1, 1)),
+        ("/a{3}/", (3, 3)),
+        (r"/db\.example\.org/", (14, 14)),
     ],
 )
-def test_a_pattern_is_as_specific_as_the_characters_it_fixes(glob: str, length: int) -> None:
-    assert literal_length(glob) == length
+def test_a_pattern_is_as_specific_as_what_it_fixes_of_a_name(pattern: str, fixed: tuple[int, int]) -> None:
+    assert weight(pattern) == fixed
 
 
-@pytest.mark.parametrize(("selector", "pattern"), [("web-1", False), ("web-*", True), ("web?", True), ("[ab]", True)])
+@pytest.mark.parametrize(
+    ("pattern", "name", "fit"),
+    [
+        ("/web-[0-9]+/", "web-12", True),
+        ("/web-[0-9]+/", "web-12a", False),
+        ("/web-[0-9]+/", "old-web-12", False),
+        ("/^web$/", "web", True),
+        ("/(web|db)-1/", "db-1", True),
+        ("/(?i)WEB/", "web", True),
+        ("//", "web", False),
+    ],
+)
+def test_a_regular_expression_fits_whole_names(pattern: str, name: str, fit: bool) -> None:
+    assert fits(pattern, name) is fit
+
+
+@pytest.mark.parametrize("selector", ["db01", UUID, "web-*", "/web-[0-9]+/", "/(a|b)?c{1,3}/", "a b", "ü"])
+def test_what_can_select_domains_is_accepted_as_it_is(selector: str) -> None:
+    assert check_selector(selector) == selector
+
+
+@pytest.mark.parametrize(
+    ("selector", "words"),
+    [
+        ("", "write the name"),
+        ("/web", "begins and ends with one"),
+        ("a/b", "begins and ends with one"),
+        ("/", "begins and ends with one"),
+        ("/[/", "no regular expression"),
+        ("/[[a]/", "no regular expression: Possible nested set"),
+        ("/(a+)+/", "may be repeated"),
+        ("/(a|aa)*/", "may be repeated"),
+        ("/.*a.*b.*c.*d.*e/", "more than 4"),
+        (r"/(a)\1/", "not understood here"),
+        ("/a(?=b)/", "not understood here"),
+        ("/" + "(" * 5000 + ")" * 5000 + "/", "no regular expression"),
+    ],
+)
+def test_a_selector_that_fits_nothing_or_may_match_for_ever_is_refused(selector: str, words: str) -> None:
+    with pytest.raises(InvalidValueError, match=re.escape(words)):
+        check_selector(selector)
+
+
+def test_the_slowest_expression_that_is_accepted_is_fast_enough_on_the_longest_name() -> None:
+    pattern = check_selector("/.*a.*a.*a.*b/")
+    started = time.process_time()
+    assert not fits(pattern, "a" * 200)
+    assert time.process_time() - started < 30  # a second here; without the limit it would not end
+
+
+def test_a_regular_expression_is_more_specific_than_a_glob_that_fixes_less() -> None:
+    assert assign_one({"web-*": (HOURLY,), "/web-[0-9]+/": (DAILY,)})[1] == ["daily"]
+    assert assign_one({"web-1*": (HOURLY,), "/web-[0-9]+/": (DAILY,)})[1] == ["hourly"]
+    assert assign_one({"*": (HOURLY,), "/.*/": (DAILY,)})[0] is Coverage.AMBIGUOUS
+
+
+@pytest.mark.parametrize(
+    ("selector", "pattern"), [("web-1", False), ("web-*", True), ("web?", True), ("[ab]", True), ("/web/", True)]
+)
 def test_a_selector_with_a_glob_character_is_a_pattern(selector: str, pattern: bool) -> None:
     assert is_pattern(selector) is pattern
 

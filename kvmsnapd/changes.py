@@ -1,0 +1,90 @@
+"""What another configuration would change: which policies, for which domains, and how many snapshots it releases."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+from kvmsnapd.events import DomainPoliciesChanged
+from kvmsnapd.plan import judge, owed_by
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from datetime import datetime
+
+    from kvmsnapd.fleet import Fleet, Pair
+    from kvmsnapd.model import Inventory
+    from kvmsnapd.policy import Policy
+
+_WRITTEN = {"memory_live": "memory", "min_free_bytes": "min_free"}
+"""Settings that have another name in the configuration."""
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyChanges:
+    """The names that stand for something else now; ``changed`` says which settings differ."""
+
+    added: tuple[str, ...]
+    removed: tuple[str, ...]
+    changed: Mapping[str, tuple[str, ...]]
+
+
+def compare_policies(before: Mapping[str, Policy], after: Mapping[str, Policy]) -> PolicyChanges:
+    """Compare what the names of policies stand for."""
+    return PolicyChanges(
+        tuple(name for name in after if name not in before),
+        tuple(name for name in before if name not in after),
+        {
+            name: _differing(before[name], policy)
+            for name, policy in after.items()
+            if before.get(name, policy) != policy
+        },
+    )
+
+
+def compare_fleets(before: Fleet, after: Fleet, *, now: datetime) -> tuple[DomainPoliciesChanged, ...]:
+    """Return what changes for each domain to which something else applies, both fleets being of the same domains."""
+    old, new = _by_domain(before), _by_domain(after)
+    changes = []
+    for domain in after.domains:
+        was, becomes = old.get(domain.uuid, {}), new.get(domain.uuid, {})
+        both = [name for name in becomes if name in was and was[name].policy != becomes[name].policy]
+        lost = tuple(name for name in was if name not in becomes)
+        change = DomainPoliciesChanged(
+            domain=domain.name,
+            domain_uuid=domain.uuid,
+            gained=tuple(name for name in becomes if name not in was),
+            lost=lost,
+            changed={name: _differing(was[name].policy, becomes[name].policy) for name in both},
+            releases={name: len(_newly_released(domain, was[name], becomes[name], now)) for name in both},
+            fuse=tuple(name for name in both if _blows_fuse(domain, becomes[name].policy, now)),
+            leaves=sum(len(was[name].snapshots) for name in lost),
+        )
+        if change.gained or change.lost or change.changed:
+            changes.append(change)
+    return tuple(changes)
+
+
+def _newly_released(domain: Inventory, before: Pair, after: Pair, now: datetime) -> set[str]:
+    return _released(domain, after.policy, now) - _released(domain, before.policy, now)
+
+
+def _blows_fuse(domain: Inventory, policy: Policy, now: datetime) -> bool:
+    return len(_released(domain, policy, now)) > policy.max_deletes_per_run + owed_by(domain, policy)
+
+
+def _released(domain: Inventory, policy: Policy, now: datetime) -> set[str]:
+    return {verdict.point.name for verdict in judge(domain, policy, now=now) if not verdict.keep}
+
+
+def _differing(before: Policy, after: Policy) -> tuple[str, ...]:
+    """Return the settings, as they are called in the configuration, in which two policies differ."""
+    names = [f.name for f in fields(before) if getattr(before, f.name) != getattr(after, f.name)]
+    return tuple(_WRITTEN.get(name, name) for name in names)
+
+
+def _by_domain(fleet: Fleet) -> dict[str, dict[str, Pair]]:
+    found: dict[str, dict[str, Pair]] = {}
+    for pair in fleet.pairs:
+        found.setdefault(pair.name.domain_uuid, {})[pair.name.policy] = pair
+    return found

@@ -1,0 +1,221 @@
+"""From what is written to what applies: defaults, what a policy extends, and what a domain's entry overrides."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from kvmsnapd.config.models import BeforeHookSettings, HookSettings, PolicyKeys, Settings
+from kvmsnapd.config.problems import Complaint
+from kvmsnapd.config.yaml_document import format_key
+from kvmsnapd.model import Kind
+from kvmsnapd.policy import ConsistencyRule, DiskSelection, Hook, Hooks, Policy
+from kvmsnapd.schedule import parse_schedule
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from zoneinfo import ZoneInfo
+
+    from kvmsnapd.config.yaml_document import Location
+
+_LONGEST_SPLAY = timedelta(minutes=5)
+_NEEDED = ("schedule", "keep")
+_UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """One policy as it applies, and which place each key came from; keys that no place gives have their default."""
+
+    keys: PolicyKeys
+    origins: dict[str, Location]
+    depths: dict[str, int]
+    """How near to the domain that place is; the larger, the nearer."""
+
+    def to_policy(self, name: str, default_zone: ZoneInfo) -> Policy:
+        """Return the core's value of it; all keys are there."""
+        keys = self.keys
+        zone = keys.timezone or default_zone
+        schedule = parse_schedule(keys.schedule, zone)
+        interval = schedule.longest_interval
+        splay = min(interval / 10, _LONGEST_SPLAY) if keys.splay is None else keys.splay
+        return Policy(
+            name=name,
+            schedule=schedule,
+            keep=keys.keep.rules(),
+            timezone=zone,
+            kind=Kind(keys.kind),
+            consistency=keys.consistency,
+            catch_up=keys.catch_up == "once",
+            splay=splay,
+            max_age=2 * interval + splay if keys.max_age is None else keys.max_age,
+            max_deletes_per_run=keys.max_deletes_per_run,
+            max_chain_depth=keys.max_chain_depth,
+            memory_live=keys.memory == "live",
+            max_pause=keys.max_pause,
+            min_free_bytes=int(keys.min_free),
+            overlay_directory=keys.overlay_directory,
+            disks=DiskSelection(tuple(keys.disks.include), tuple(keys.disks.exclude)),
+            hooks=Hooks(_hook(keys.hooks.before), _hook(keys.hooks.after), _hook(keys.hooks.on_failure)),
+        )
+
+
+@dataclass
+class Policies:
+    """All policies, and which selector has which."""
+
+    by_name: dict[str, Policy] = field(default_factory=dict)
+    selectors: dict[str, tuple[Policy, ...]] = field(default_factory=dict)
+    spelled: dict[str, str] = field(default_factory=dict)
+    """How each selector is written; a UUID may be in capitals."""
+    only_extended: frozenset[str] = frozenset()
+    """Policies that no domain's entry names, because others extend them."""
+    complaints: list[Complaint] = field(default_factory=list)
+
+
+def resolve(settings: Settings) -> Policies:
+    """Make the core's policies of validated settings; complain of what no single key can tell."""
+    answer = Policies()
+    named = {name for entry in settings.domains.values() for name in entry}
+    bases = {policy.extends for policy in settings.policies.values()}
+    answer.only_extended = frozenset(name for name in settings.policies if name in bases and name not in named)
+    answer.complaints += _circles(settings)
+    if answer.complaints:
+        return answer
+    for name in settings.policies:
+        policy = _make(settings, name, None, answer)
+        if policy:
+            answer.by_name[name] = policy
+    for selector, entry in settings.domains.items():
+        _select(settings, selector, entry, answer)
+    return answer
+
+
+def resolve_keys(settings: Settings, name: str, selector: str | None = None) -> Resolved:
+    """Return the keys of one policy as they apply, to the domains of ``selector`` if one is given."""
+    values: dict[str, Any] = {}
+    origins: dict[str, Location] = {}
+    depths: dict[str, int] = {}
+    for depth, (location, keys) in enumerate(_places(settings, name, selector)):
+        for key in keys.model_fields_set - {"extends"}:
+            values[key] = getattr(keys, key)
+            origins[key] = (*location, key)
+            depths[key] = depth
+    return Resolved(PolicyKeys.model_construct(**values), origins, depths)
+
+
+def _places(settings: Settings, name: str, selector: str | None) -> Iterator[tuple[Location, PolicyKeys]]:
+    """Yield the places that say something about a policy, the nearest last."""
+    yield ("defaults",), settings.defaults
+    line = [name]
+    while (base := settings.policies[line[-1]].extends) in settings.policies:
+        line.append(str(base))
+    for policy in reversed(line):
+        yield ("policies", policy), settings.policies[policy]
+    entry = settings.domains.get(selector or "")
+    if isinstance(entry, dict):
+        yield ("domains", selector or "", name), entry[name]
+
+
+def _circles(settings: Settings) -> list[Complaint]:
+    found: list[Complaint] = []
+    for name in settings.policies:
+        line = [name]
+        while (base := settings.policies[line[-1]].extends) in settings.policies:
+            line.append(str(base))
+            if base == name:
+                circle = " extends ".join(f"`{policy}`" for policy in line)
+                found.append(Complaint(("policies", name, "extends"), f"{circle}; one of them must stand on its own"))
+            if line.count(str(base)) > 1:
+                break
+    return found
+
+
+def _select(settings: Settings, selector: str, entry: list[str] | dict[str, PolicyKeys], answer: Policies) -> None:
+    names = list(entry)
+    answer.complaints += [
+        Complaint(("domains", selector, index), f"policy `{name}` is named twice; remove one")
+        for index, name in enumerate(names)
+        if name in names[:index]
+    ]
+    chosen = []
+    for name in names:
+        changed = isinstance(entry, dict) and entry[name].model_fields_set
+        policy = _make(settings, name, selector, answer) if changed else answer.by_name.get(name)
+        if policy:
+            chosen.append(policy)
+    if len({policy.kind for policy in chosen}) > 1:
+        kinds = ", ".join(f"{policy.name} is {policy.kind}" for policy in chosen)
+        problem = f"a domain has one kind of snapshot, for ever, and {kinds}; mixing kinds loses data"
+        answer.complaints.append(Complaint(("domains", selector), problem))
+    known = selector.lower() if _UUID.fullmatch(selector) else selector
+    if known in answer.selectors:
+        problem = "this UUID is named twice, in capitals and not; remove one"
+        answer.complaints.append(Complaint(("domains", selector), problem, of_key=True))
+    answer.selectors[known] = tuple(chosen)
+    answer.spelled[known] = selector
+
+
+def _make(settings: Settings, name: str, selector: str | None, answer: Policies) -> Policy | None:
+    """Return one policy as it applies; complain and return None if it contradicts itself, or is not complete."""
+    if name not in settings.policies:
+        return None
+    resolved = resolve_keys(settings, name, selector)
+    missing = [key for key in _NEEDED if key not in resolved.origins]
+    if missing:
+        if name not in answer.only_extended:
+            answer.complaints += [
+                Complaint(
+                    ("policies", name, key), f"`{key}` is missing: give it here, in defaults, or in what it extends"
+                )
+                for key in missing
+            ]
+        return None
+    complaints = list(_contradictions(resolved))
+    answer.complaints += complaints
+    return None if complaints else resolved.to_policy(name, settings.timezone)
+
+
+def _hook(written: HookSettings | None) -> Hook | None:
+    if written is None:
+        return None
+    required = isinstance(written, BeforeHookSettings) and written.required
+    return Hook(tuple(written.command), written.timeout, required)
+
+
+def _contradictions(resolved: Resolved) -> Iterator[Complaint]:
+    """Yield key and problem for what is allowed alone and means nothing together."""
+    keys = resolved.keys
+    internal, chosen = keys.kind == "internal", "consistency" in resolved.origins
+    if keys.memory and internal:
+        text = "an internal snapshot of a running guest always holds its RAM; remove this, or kind: internal"
+        yield _blame(resolved, text, "memory", "kind")
+    elif chosen and (internal or keys.memory) and keys.consistency is not ConsistencyRule.MEMORY:
+        why = "kind: internal" if internal else "memory: live"
+        text = f"with {why} the guest's RAM is saved, so the consistency is memory; remove one of the two"
+        yield _blame(resolved, text, "consistency", "kind" if internal else "memory")
+    elif keys.consistency is ConsistencyRule.MEMORY and not internal and not keys.memory:
+        text = "memory needs memory: live beside it, or kind: internal"
+        yield _blame(resolved, text, "consistency", "kind", "memory")
+    if keys.memory and (keys.disks.include or keys.disks.exclude):
+        text = "with memory: live all disks are needed: the RAM cannot be resumed beside a disk of another time"
+        yield _blame(resolved, text, "disks", "memory")
+    if internal and (keys.disks.include or keys.disks.exclude):
+        yield _blame(resolved, "internal snapshots cover all disks or none; use kind: external", "disks", "kind")
+    if internal and keys.overlay_directory:
+        text = "internal snapshots have no overlays; use kind: external"
+        yield _blame(resolved, text, "overlay_directory", "kind")
+
+
+def _blame(resolved: Resolved, text: str, *involved: str) -> Complaint:
+    """Return the complaint at the nearest of the places that give these keys, naming those of the others."""
+    given = {key: resolved.origins[key] for key in involved if key in resolved.origins}
+    nearest = max(given, key=lambda key: resolved.depths[key])
+    elsewhere = [
+        f"; `{key}` is given under {format_key(location[:-1])}"
+        for key, location in given.items()
+        if location[:-1] != given[nearest][:-1]
+    ]
+    return Complaint(given[nearest], text + "".join(elsewhere))

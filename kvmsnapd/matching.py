@@ -1,0 +1,190 @@
+"""Which domain has which policies.
+
+A selector is a domain's name, its UUID, a glob pattern (``web-*``) or a regular expression (``/web-[0-9]+/``). Name and
+UUID come first, then the most specific pattern. An empty list of policies means "unprotected on purpose".
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from dataclasses import dataclass
+from enum import StrEnum
+from fnmatch import fnmatchcase
+from functools import lru_cache
+from re import _constants as op  # type: ignore[attr-defined]
+from re import _parser  # type: ignore[attr-defined]
+from typing import TYPE_CHECKING, Any
+
+from kvmsnapd.errors import InvalidValueError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from kvmsnapd.model import Inventory
+    from kvmsnapd.policy import Policy
+
+_ONE_CHARACTER = {op.LITERAL, op.NOT_LITERAL, op.ANY, op.IN}
+_REPEATS = {op.MAX_REPEAT, op.MIN_REPEAT}
+_MOST_REPEATS = 4
+
+
+class Coverage(StrEnum):
+    """Why a domain has the policies it has, or none."""
+
+    PROTECTED = "protected"
+    UNPROTECTED_ON_PURPOSE = "unprotected on purpose"
+    UNMATCHED = "unmatched"
+    AMBIGUOUS = "ambiguous"
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """The policies of one domain, and the patterns that decided it (several only when they disagree)."""
+
+    domain_uuid: str
+    domain_name: str
+    coverage: Coverage
+    policies: tuple[Policy, ...] = ()
+    patterns: tuple[str, ...] = ()
+
+
+def assign(selectors: Mapping[str, tuple[Policy, ...]], domains: Iterable[Inventory]) -> tuple[Assignment, ...]:
+    """Decide which policies each domain has, in the order given.
+
+    Of several patterns that fit, the one that fixes most of the name wins (:func:`weight`). If two equally specific
+    ones name different policies the domain is ambiguous and gets none: guessing could delete snapshots.
+    """
+    patterns = [selector for selector in selectors if is_pattern(selector)]
+    patterns.sort()  # the name makes the order stable
+    patterns.sort(key=weight, reverse=True)
+    return tuple(_assign_one(selectors, patterns, domain) for domain in domains)
+
+
+def _assign_one(selectors: Mapping[str, tuple[Policy, ...]], patterns: list[str], domain: Inventory) -> Assignment:
+    def assigned(coverage: Coverage, *deciding: str) -> Assignment:
+        policies = selectors[deciding[0]] if coverage is Coverage.PROTECTED else ()
+        return Assignment(domain.uuid, domain.name, coverage, policies, deciding)
+
+    def decided(pattern: str) -> Assignment:
+        purpose = Coverage.PROTECTED if selectors[pattern] else Coverage.UNPROTECTED_ON_PURPOSE
+        return assigned(purpose, pattern)
+
+    exact = [selector for selector in (domain.name, domain.uuid) if selector in selectors]
+    if exact:
+        agree = all(selectors[selector] == selectors[exact[0]] for selector in exact)
+        return decided(exact[0]) if agree else assigned(Coverage.AMBIGUOUS, *exact)
+    matching = [pattern for pattern in patterns if fits(pattern, domain.name)]
+    if not matching:
+        return assigned(Coverage.UNMATCHED)
+    best = [pattern for pattern in matching if weight(pattern) == weight(matching[0])]
+    if any(selectors[pattern] != selectors[best[0]] for pattern in best):
+        return assigned(Coverage.AMBIGUOUS, *best)
+    return decided(best[0])
+
+
+def fits(pattern: str, name: str) -> bool:
+    """Tell whether a pattern fits a domain's name as a whole."""
+    return bool(_compile(pattern).fullmatch(name)) if is_regex(pattern) else fnmatchcase(name, pattern)
+
+
+def is_pattern(selector: str) -> bool:
+    """Tell whether a selector is a glob pattern or a regular expression, and not a name."""
+    return is_regex(selector) or any(character in selector for character in "*?[")
+
+
+def is_regex(selector: str) -> bool:
+    """Tell whether a selector is a regular expression; libvirt has no domain with a slash in its name."""
+    return len(selector) > 1 and selector[0] == selector[-1] == "/"
+
+
+def weight(pattern: str) -> tuple[int, int]:
+    """Return how many characters of a domain's name the pattern fixes, and how long the name is; both at least.
+
+    A class such as ``[0-9]`` fixes none. Of alternatives the one that fixes least counts.
+    """
+    if is_regex(pattern):
+        return _regex_weight(pattern)
+    without_classes = re.sub(r"\[!?\]?[^\]]*\]", "?", pattern)
+    shortest = len(without_classes) - without_classes.count("*")
+    return shortest - without_classes.count("?"), shortest
+
+
+def check_selector(selector: str) -> str:
+    """Return ``selector`` unchanged if it can select domains.
+
+    Raises:
+        InvalidValueError: it is empty, or no regular expression, or one that could take for ever to match some name.
+    """
+    if not selector:
+        msg = "write the name, UUID or pattern of a domain"
+        raise InvalidValueError(msg)
+    if is_regex(selector):
+        try:
+            _compile(selector)
+            repeats = _check_regex(_parser.parse(selector[1:-1]))
+        except (re.error, RecursionError, OverflowError, Warning) as error:
+            msg = f"{selector} is no regular expression: {error}"
+            raise InvalidValueError(msg) from error
+        if repeats > _MOST_REPEATS:
+            msg = f"{selector}: more than {_MOST_REPEATS} of * + ? {{}} can take for ever to match; use fewer"
+            raise InvalidValueError(msg)
+    elif "/" in selector:
+        msg = f"{selector!r} fits no domain, no name has a slash; a regular expression begins and ends with one"
+        raise InvalidValueError(msg)
+    return selector
+
+
+def missing_domains(selectors: Iterable[str], domains: Iterable[Inventory]) -> tuple[str, ...]:
+    """Return the selectors that name one domain and fit none: a typing error, or the domain is gone."""
+    known = {word for domain in domains for word in (domain.name, domain.uuid)}
+    return tuple(selector for selector in selectors if selector not in known and not is_pattern(selector))
+
+
+@lru_cache(maxsize=4096)
+def _compile(selector: str) -> re.Pattern[str]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # "possible nested set": means something else to each reader
+        return re.compile(selector[1:-1])
+
+
+@lru_cache(maxsize=4096)
+def _regex_weight(selector: str) -> tuple[int, int]:
+    return _fixed(_parser.parse(selector[1:-1]))
+
+
+def _fixed(items: Iterable[tuple[Any, Any]]) -> tuple[int, int]:
+    """Return the least number of literal characters, and of all characters, in what the parsed expression matches."""
+    fixed = shortest = 0
+    for kind, argument in items:
+        more = (int(kind is op.LITERAL), int(kind in _ONE_CHARACTER))
+        if kind is op.BRANCH:
+            more = min(map(_fixed, argument[1]))
+        elif kind is op.SUBPATTERN:
+            more = _fixed(argument[-1])
+        elif kind in _REPEATS:
+            once = _fixed(argument[2])
+            more = (argument[0] * once[0], argument[0] * once[1])
+        fixed, shortest = fixed + more[0], shortest + more[1]
+    return fixed, shortest
+
+
+def _check_regex(items: Iterable[tuple[Any, Any]]) -> int:
+    """Return how many repeats of variable length there are; raise InvalidValueError for what may backtrack for ever."""
+    repeats = 0
+    for kind, argument in items:
+        if kind in _REPEATS:
+            shortest, longest, body = argument
+            repeats += shortest != longest
+            if longest > 1 and any(part not in _ONE_CHARACTER for part, _ in body):
+                msg = "only single characters and [classes] may be repeated, or some names take for ever to match"
+                raise InvalidValueError(msg)
+            repeats += _check_regex(body)
+        elif kind is op.BRANCH:
+            repeats += sum(map(_check_regex, argument[1]))
+        elif kind is op.SUBPATTERN:
+            repeats += _check_regex(argument[-1])
+        elif kind not in {*_ONE_CHARACTER, op.AT}:
+            msg = f"{str(kind).lower()} is not understood here; use characters, [classes], (a|b) and * + ? {{}}"
+            raise InvalidValueError(msg)
+    return repeats
