@@ -6,6 +6,7 @@ looked at once more while the locks of the domains concerned are held, or after 
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from contextlib import ExitStack
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+from kvmsnapd.daemon_events import AuditFinding
 from kvmsnapd.diagnosis import Finding, Level, diagnose_domain, diagnose_files, paths_of
 from kvmsnapd.disks import data_folders
 from kvmsnapd.errors import DomainLockedError, DomainNotFoundError, HypervisorError, HypervisorUnreachableError
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
     from datetime import datetime
 
+    from kvmsnapd.events import Publish
     from kvmsnapd.fleet import Fleet
     from kvmsnapd.hypervisor import Hypervisor
     from kvmsnapd.model import Capabilities, Domain, Inventory, Layer
@@ -84,6 +87,32 @@ def audit(
     frozen = intents if callable(intents) else lambda: intents
     looks = _Looks(hypervisor, fleet, frozen, now, locks, tuple(policies), pause)
     return looks.judge()
+
+
+def publish_audit(
+    publish: Publish,
+    hypervisor: Hypervisor,
+    fleet: Fleet,
+    *,
+    intents: Callable[[], Iterable[str]],
+    now: datetime,
+    locks: DomainLocks,
+    policies: Iterable[Policy],
+) -> None:
+    """Audit, and publish what is not just a note. For a thread of its own: nothing is raised."""
+    try:
+        seen = audit(hypervisor, fleet, intents=intents, now=now, locks=locks, policies=policies)
+    except HypervisorError as error:
+        logging.getLogger(__name__).warning("the audit was cut off: %s", error)
+        return
+    except Exception:  # a thread would write it on stderr as it is
+        logging.getLogger(__name__).exception("the audit ended in an unforeseen error")
+        return
+    for finding in seen.findings:
+        if finding.level is not Level.NOTE:
+            publish(
+                AuditFinding(grade=finding.level, subject=finding.subject, text=finding.text, command=finding.command)
+            )
 
 
 @dataclass(slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
-from kvmsnapd.events import DomainPoliciesChanged
+from kvmsnapd.daemon_events import DomainPoliciesChanged
 from kvmsnapd.plan import judge, owed_by
 
 if TYPE_CHECKING:

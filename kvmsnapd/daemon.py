@@ -6,16 +6,12 @@ import logging
 import signal
 import threading
 import time
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
-from kvmsnapd.audit import audit
+from kvmsnapd.audit import publish_audit
 from kvmsnapd.changes import compare_fleets, compare_policies
-from kvmsnapd.diagnosis import Level
-from kvmsnapd.errors import ConfigError, HypervisorError, KvmsnapdError
-from kvmsnapd.events import (
-    AuditFinding,
+from kvmsnapd.daemon_events import (
     ConfigLoaded,
     ConfigRejected,
     DaemonStarted,
@@ -23,8 +19,9 @@ from kvmsnapd.events import (
     JobsChanged,
     LibvirtConnected,
     LibvirtLost,
-    RunSkipped,
 )
+from kvmsnapd.errors import ConfigError, HypervisorError, KvmsnapdError
+from kvmsnapd.events import RunSkipped
 from kvmsnapd.execute import PATIENCE, Executor
 from kvmsnapd.fleet import survey
 from kvmsnapd.gates import HostGate, StorageGates
@@ -33,7 +30,9 @@ from kvmsnapd.libvirt_host import LibvirtHost
 from kvmsnapd.live_config import LiveConfig
 from kvmsnapd.logs import configure_logging, log_event
 from kvmsnapd.metrics import Metrics
-from kvmsnapd.scheduler import JobScheduler, Wanted, retry_delay
+from kvmsnapd.model import PairName
+from kvmsnapd.retries import Retries
+from kvmsnapd.scheduler import JobScheduler, Wanted
 from kvmsnapd.state_files import DomainLocks, FreezeIntents
 from kvmsnapd.state_series import Observation
 
@@ -41,7 +40,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from kvmsnapd.config import Config
-    from kvmsnapd.events import DomainPoliciesChanged, Event, Publish
+    from kvmsnapd.daemon_events import DomainPoliciesChanged
+    from kvmsnapd.events import Event, Publish
     from kvmsnapd.fleet import Fleet, Pair
     from kvmsnapd.policy import Policy
 
@@ -73,22 +73,12 @@ _FIXED = (
 )
 """Settings that a reload does not change; they need a restart, which the log then says."""
 
-_CLOCK_TOLERANCE = timedelta(minutes=1)
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def read_clock() -> datetime:
     """Return the present instant, in UTC. The only place where the daemon reads the clock."""
     return datetime.now(UTC)
-
-
-@dataclass
-class _Failures:
-    """Runs of one pair that failed in a row, and the last one's time."""
-
-    count: int
-    last_at: datetime
-    quarantined: bool = False
 
 
 class Daemon:
@@ -145,7 +135,7 @@ class Daemon:
         )
         self._scheduler = JobScheduler(self._run_pair, workers=settings.workers + _STUCK_RUNS)
         self._pairs: dict[str, Pair] = {}
-        self._failures: dict[str, _Failures] = {}
+        self._retries = Retries()
         self._thawing: threading.Thread | None = None
         self._missed: dict[str, datetime] = {}
         self._stopping = threading.Event()
@@ -244,57 +234,37 @@ class Daemon:
         if self._intents.outstanding() and not (self._thawing and self._thawing.is_alive()):
             self._thawing = threading.Thread(target=self._executor.thawer.thaw_all, name="thaw", daemon=True)
             self._thawing.start()
+        self._libvirt_up, self._last_tick_at = True, now
         with self._swap:
             if config is not self._live.current:  # replaced meanwhile; looked at anew by the new one
                 self._tick_wanted.set()
                 return
             self._take_over(fleet)
-        for record in (self._attempts, self._failures, self._missed):
+        for record in (self._attempts, self._missed):
             for gone in record.keys() - self._pairs.keys():
                 record.pop(gone, None)
-        self._libvirt_up, self._last_tick_at = True, now
+        self._retries.forget(self._retries.keys() - self._pairs.keys())
         for pair in fleet.pairs:
             self._report_missed(pair)
-        changes = self._scheduler.sync({key: self._wanted(pair, now) for key, pair in self._pairs.items()})
+        wanted = {
+            key: Wanted(pair.policy, pair.policy.splay_of(pair.name.domain_uuid), self._retries.run_at(pair, now=now))
+            for key, pair in self._pairs.items()
+        }
+        changes = self._scheduler.sync(wanted)
         if changes:
             self._publish(JobsChanged(added=changes.added, changed=changes.changed, removed=changes.removed))
 
     def _audit(self, fleet: Fleet, now: datetime) -> None:
         """Report what is wrong, once per connection; a large host takes seconds to read, so beside the tick."""
-        try:
-            seen = audit(
-                self._host,
-                fleet,
-                intents=self._intents.outstanding,
-                now=now,
-                locks=self._executor.locks,
-                policies=self._live.current.all_policies,
-            )
-        except HypervisorError as error:
-            logging.getLogger(__name__).warning("the audit was cut off: %s", error)
-            return
-        except Exception:  # of a thread's own, which would write it on stderr as it is
-            logging.getLogger(__name__).exception("the audit ended in an unforeseen error")
-            return
-        for finding in seen.findings:
-            if finding.level is not Level.NOTE:
-                self._publish(
-                    AuditFinding(
-                        grade=finding.level, subject=finding.subject, text=finding.text, command=finding.command
-                    )
-                )
-
-    def _wanted(self, pair: Pair, now: datetime) -> Wanted:
-        run_at = pair.due.run_at
-        failures = self._failures.get(pair.name.key)
-        if failures and pair.due.slot:
-            # A quarantine ends when a person has changed something: looked at now and then, and cheap.
-            count = 10 if failures.quarantined else failures.count
-            delay = retry_delay(count, pair.policy.schedule.longest_interval)
-            # A failure dated in the future, under a clock that was wrong, holds nothing up.
-            if failures.last_at <= now + _CLOCK_TOLERANCE:
-                run_at = max(run_at, failures.last_at + delay)
-        return Wanted(pair.policy, pair.policy.splay_of(pair.name.domain_uuid), run_at)
+        publish_audit(
+            self._publish,
+            self._host,
+            fleet,
+            intents=self._intents.outstanding,
+            now=now,
+            locks=self._executor.locks,
+            policies=self._live.current.all_policies,
+        )
 
     def _report_missed(self, pair: Pair) -> None:
         """Publish a slot that was given up, once."""
@@ -316,11 +286,7 @@ class Daemon:
             return
         self._attempts[key] = read_clock()
         outcome = self._executor.run(pair)
-        if outcome.wants_retry:
-            before = self._failures.get(key)
-            self._failures[key] = _Failures(before.count + 1 if before else 1, read_clock(), outcome.quarantined)
-        else:
-            self._failures.pop(key, None)
+        self._retries.note(key, outcome, now=read_clock())
         self._tick_wanted.set()
 
     # Configuration
@@ -343,8 +309,7 @@ class Daemon:
                 changes = compare_fleets(self._fleet, fleet, now=now)
                 self._take_over(fleet)
         # What was in the way of a run may be what the edit was for.
-        for key in {f"{c.domain_uuid}/{policy}" for c in changes for policy in c.changed}:
-            self._failures.pop(key, None)
+        self._retries.forget(PairName(c.domain, c.domain_uuid, policy).key for c in changes for policy in c.changed)
         self._publish_config(config, before, len(changes))
         for change in changes:
             self._publish(change)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from functools import lru_cache
 from itertools import pairwise, takewhile
 from typing import TYPE_CHECKING, Final
@@ -107,10 +107,9 @@ def _cron_intervals(cron: str, timezone: ZoneInfo) -> tuple[timedelta, timedelta
     The two first fields decide the times within a day, the others the days; each alone is short enough to be looked at
     whole, which a schedule of every minute of one month is not.
     """
-    minute, hour, day, month, weekday = cron.split()
-    times = list(_sample(f"{minute} {hour} * * *", _YEAR, timedelta(days=1)))
-    days = list(_sample(f"0 0 {day} {month} {weekday}", _YEAR, timedelta(days=3660)))
-    dates = {day_at.date() for day_at in days}
+    minute, hour, *rest = cron.split()
+    times = list(_sample(f"{minute} {hour} * * *", _YEAR, _DAY))
+    dates, pauses = _days(" ".join(rest))
     intervals = {later - earlier for earlier, later in pairwise(times)}
     for change in _clock_changes(timezone):
         around = _sample(f"{minute} {hour} * * *", (change - _DAY).astimezone(timezone), 3 * _DAY)
@@ -119,13 +118,22 @@ def _cron_intervals(cron: str, timezone: ZoneInfo) -> tuple[timedelta, timedelta
             for earlier, later in pairwise(around)
             if {earlier.date(), later.date()} <= dates
         }
-    for earlier, later in pairwise(days):
+    for earlier, later in pauses:
         # From day to day the clock changes have been looked at; over more days they may fall in between.
         zone = UTC if later - earlier == _DAY else timezone
-        last = datetime.combine(earlier.date(), times[-1].time(), zone)
-        first = datetime.combine(later.date(), times[0].time(), zone)
+        last = datetime.combine(earlier, times[-1].time(), zone)
+        first = datetime.combine(later, times[0].time(), zone)
         intervals.add(first.astimezone(UTC) - last.astimezone(UTC))
     return min(intervals, default=_LONGEST_GAP), max(intervals, default=_LONGEST_GAP)
+
+
+@lru_cache
+def _days(fields: str) -> tuple[frozenset[date], tuple[tuple[date, date], ...]]:
+    """Return the days of ten years that the three last fields allow, and neighbours: one pair of those that adjoin."""
+    days = [at.date() for at in _sample(f"0 0 {fields}", _YEAR, timedelta(days=3660))]
+    apart = [(earlier, later) for earlier, later in pairwise(days) if later - earlier > _DAY]
+    adjoining = next(((earlier, later) for earlier, later in pairwise(days) if later - earlier == _DAY), None)
+    return frozenset(days), tuple([adjoining, *apart] if adjoining else apart)
 
 
 def _sample(cron: str, start: datetime, span: timedelta) -> Iterator[datetime]:

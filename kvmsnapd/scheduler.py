@@ -22,18 +22,6 @@ if TYPE_CHECKING:
 
     from kvmsnapd.policy import Policy
 
-_FIRST_RETRY, _LATEST_RETRY = timedelta(minutes=1), timedelta(minutes=15)
-
-
-def retry_delay(failures: int, interval: timedelta) -> timedelta:
-    """Return how long to wait after this many failures in a row: a minute, doubling to a quarter of an hour.
-
-    Never longer than half the schedule's interval, so that fast schedules retry fast.
-    """
-    # The exponent is capped well above where the delay is.
-    delay: timedelta = min(_FIRST_RETRY * 2 ** min(failures - 1, 10), _LATEST_RETRY, interval / 2)
-    return max(delay, timedelta(seconds=1))
-
 
 class _SlotTrigger(BaseTrigger):  # type: ignore[misc]  # APScheduler has no types
     """Fires at every slot of a schedule, delayed by the pair's splay."""

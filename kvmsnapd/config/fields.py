@@ -162,7 +162,7 @@ Size = Annotated[
     PlainSerializer(_format_size),
     WithJsonSchema({"anyOf": [{"type": "string", "pattern": SIZE_PATTERN}, {"type": "integer", "minimum": 0}]}),
 ]
-Number = Annotated[int, BeforeValidator(_not_bool)]
+NOT_BOOL = BeforeValidator(_not_bool)  # after any limits, or the schema loses them
 Flag = Annotated[bool, WithJsonSchema({"anyOf": [{"type": "boolean"}, {"enum": ["on", "off", "yes", "no"]}]})]
 AbsolutePath = Annotated[str, AfterValidator(_absolute), WithJsonSchema({"type": "string", "pattern": "^/"})]
 Uri = Annotated[str, AfterValidator(_no_secret)]

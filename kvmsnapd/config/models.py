@@ -22,12 +22,12 @@ from pydantic import (
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from kvmsnapd.config.fields import (
+    NOT_BOOL,
     UTC_ZONE,
     AbsolutePath,
     Count,
     Duration,
     Flag,
-    Number,
     OrEmpty,
     PolicyName,
     PositiveDuration,
@@ -161,10 +161,10 @@ class PolicyKeys(_Section):
     max_age: PositiveDuration | None = Field(default=None, examples=["3h"])
     """Age of the newest snapshot that means trouble; by default twice the longest interval of the schedule, and the
     splay."""
-    max_deletes_per_run: Annotated[Number, Field(ge=1)] = 10
+    max_deletes_per_run: Annotated[int, Field(ge=1), NOT_BOOL] = 10
     """The fuse: a run that releases more than this at once, beyond what had to wait before, deletes nothing and reports
     it."""
-    max_chain_depth: Annotated[Number, Field(ge=1, le=150)] = 16
+    max_chain_depth: Annotated[int, Field(ge=1, le=150), NOT_BOOL] = 16
     """No external snapshot is taken when the backing chain is this deep, foreign overlays included."""
     min_free: Size = Field(default=ByteSize(1024**3), json_schema_extra={"default": "1GiB"})
     """No snapshot is taken when its storage has less free space than this; RAM to be saved comes on top."""
@@ -208,7 +208,7 @@ class MetricsSettings(_Section):
     """Whether to serve metrics over HTTP."""
     listen: str = "127.0.0.1"
     """Address to listen on."""
-    port: Annotated[Number, Field(ge=0, le=65535)] = 9783
+    port: Annotated[int, Field(ge=0, le=65535), NOT_BOOL] = 9783
     """Port to listen on; 0 chooses a free one, which the log names."""
 
 
@@ -280,11 +280,11 @@ class Settings(BaseSettings):
         timedelta(seconds=30), json_schema_extra={"default": "30s"}
     )
     """How often all domains are looked at, whatever the schedules say."""
-    workers: Annotated[Number, Field(ge=1, le=4)] = 4
+    workers: Annotated[int, Field(ge=1, le=4), NOT_BOOL] = 4
     """How many domains are worked on at once."""
-    takes_per_storage: Annotated[Number, Field(ge=1)] = 4
+    takes_per_storage: Annotated[int, Field(ge=1), NOT_BOOL] = 4
     """How many snapshots are taken at once on one storage (a folder of images)."""
-    merges_per_storage: Annotated[Number, Field(ge=1)] = 1
+    merges_per_storage: Annotated[int, Field(ge=1), NOT_BOOL] = 1
     """How many merges of overlays, and saves of RAM, go on at once on one storage."""
     state_directory: Path | None = Field(default=None, examples=["/var/lib/kvmsnapd"])
     """Where notes that must survive a reboot are kept; by default systemd's STATE_DIRECTORY or /var/lib/kvmsnapd."""

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import structlog
 
+from kvmsnapd.daemon_events import ConfigRejected
 from kvmsnapd.events import (
-    ConfigRejected,
     DomainExamined,
     Event,
     GuestFrozen,

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import pytest
 from prometheus_client import generate_latest
 
+from kvmsnapd.daemon_events import DaemonStopped
 from kvmsnapd.events import (
-    DaemonStopped,
     DeleteFailed,
     DomainExamined,
     Event,

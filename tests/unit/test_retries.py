@@ -1,4 +1,4 @@
-"""When the daemon tries again what was refused or failed; no thread and no libvirt is needed to say that."""
+"""When what failed is tried again."""
 
 from __future__ import annotations
 
@@ -7,31 +7,32 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kvmsnapd import daemon as daemon_module
-from kvmsnapd.daemon import Daemon, _Failures
 from kvmsnapd.execute import Outcome, Result
 from kvmsnapd.fleet import survey
+from kvmsnapd.retries import Retries, retry_delay
 from tests.builders import NOW, a_policy, an_inventory, at
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from kvmsnapd.fleet import Pair
 
 MINUTE = timedelta(minutes=1)
+FAILED = Outcome(Result.FAILED, at("2026-11-22T12:00"))
+QUARANTINED = Outcome(Result.SKIPPED, at("2026-11-22T12:00"), quarantined=True)
 
 
-@pytest.fixture
-def daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Daemon:
-    monkeypatch.setattr(daemon_module.signal, "pthread_sigmask", lambda *_: set())
-    monkeypatch.setattr(daemon_module, "configure_logging", lambda **_: None)
-    monkeypatch.setattr(daemon_module, "log_event", lambda _event: None)
-    monkeypatch.setattr(daemon_module, "read_clock", lambda: NOW)
-    config = tmp_path / "kvmsnapd.yaml"
-    config.write_text(
-        f"metrics: {{enabled: false}}\nstate_directory: {tmp_path}/state\nruntime_directory: {tmp_path}/run\n"
-    )
-    return Daemon(config, connect="test:///default")
+@pytest.mark.parametrize(
+    ("failures", "minutes"), [(1, 1), (2, 2), (3, 4), (4, 8), (5, 15), (6, 15), (1000, 15), (10**9, 15)]
+)
+def test_a_retry_waits_a_minute_doubling_to_a_quarter_of_an_hour(failures: int, minutes: int) -> None:
+    assert retry_delay(failures, timedelta(days=1)) == minutes * MINUTE
+
+
+def test_a_retry_never_waits_longer_than_half_the_interval() -> None:
+    assert retry_delay(5, 10 * MINUTE) == 5 * MINUTE
+
+
+def test_a_retry_waits_a_second_at_least() -> None:
+    assert retry_delay(1, timedelta(seconds=1)) == timedelta(seconds=1)
 
 
 def a_pair(schedule: str = "hourly") -> Pair:
@@ -39,44 +40,47 @@ def a_pair(schedule: str = "hourly") -> Pair:
     return pair
 
 
-def retried_after(daemon: Daemon, pair: Pair, *outcomes: Outcome) -> timedelta:
-    """Return how long the daemon waits after runs that ended so, all of them now."""
-    results = iter(outcomes)
-    daemon._executor.run = lambda _pair: next(results)  # type: ignore[method-assign]
-    daemon._pairs = {pair.name.key: pair}
-    for _ in outcomes:
-        daemon._run_pair(pair.name.key)
-    return daemon._wanted(pair, NOW).run_at - NOW
+def retried_after(*outcomes: Outcome, schedule: str = "hourly") -> timedelta:
+    """Return how long to wait after runs that ended so, all of them now."""
+    retries, pair = Retries(), a_pair(schedule)
+    for outcome in outcomes:
+        retries.note(pair.name.key, outcome, now=NOW)
+    return retries.run_at(pair, now=NOW) - NOW
 
 
-FAILED = Outcome(Result.FAILED, at("2026-11-22T12:00"))
-QUARANTINED = Outcome(Result.SKIPPED, at("2026-11-22T12:00"), quarantined=True)
+def test_what_failed_is_tried_again_after_growing_pauses() -> None:
+    assert retried_after(FAILED) == MINUTE
+    assert retried_after(FAILED, FAILED) == 2 * MINUTE
 
 
-def test_what_failed_is_tried_again_after_growing_pauses(daemon: Daemon) -> None:
-    assert retried_after(daemon, a_pair(), FAILED) == MINUTE
-    assert retried_after(daemon, a_pair(), FAILED) == 2 * MINUTE
+def test_a_quarantine_is_looked_at_after_the_longest_pause_from_the_first_time_on() -> None:
+    assert retried_after(QUARANTINED) == 15 * MINUTE
 
 
-def test_a_quarantine_is_looked_at_after_the_longest_pause_from_the_first_time_on(daemon: Daemon) -> None:
-    assert retried_after(daemon, a_pair(), QUARANTINED) == 15 * MINUTE
+def test_a_fast_schedule_is_looked_at_as_fast_as_it_fails() -> None:
+    assert retried_after(QUARANTINED, schedule="every 10m") == 5 * MINUTE
 
 
-def test_a_fast_schedule_is_looked_at_as_fast_as_it_fails(daemon: Daemon) -> None:
-    assert retried_after(daemon, a_pair("every 10m"), QUARANTINED) == 5 * MINUTE
-
-
-def test_after_a_quarantine_a_failure_is_one_of_many(daemon: Daemon) -> None:
-    assert retried_after(daemon, a_pair(), QUARANTINED, FAILED) == 2 * MINUTE
+def test_after_a_quarantine_a_failure_is_one_of_many() -> None:
+    assert retried_after(QUARANTINED, FAILED) == 2 * MINUTE
 
 
 @pytest.mark.parametrize("result", [Result.TAKEN, Result.UNCHANGED, Result.NOTHING_DUE])
-def test_a_run_that_ended_well_forgets_what_was_before(daemon: Daemon, result: Result) -> None:
-    retried_after(daemon, a_pair(), FAILED, QUARANTINED, Outcome(result))
-    assert daemon._failures == {}
+def test_a_run_that_ended_well_forgets_what_was_before(result: Result) -> None:
+    retries = Retries()
+    for outcome in (FAILED, QUARANTINED, Outcome(result)):
+        retries.note("key", outcome, now=NOW)
+    assert retries.keys() == set()
 
 
-def test_a_quarantine_of_a_clock_that_was_ahead_holds_nothing_up(daemon: Daemon) -> None:
-    pair = a_pair()
-    daemon._failures[pair.name.key] = _Failures(1, NOW + timedelta(days=9), quarantined=True)
-    assert daemon._wanted(pair, NOW).run_at == pair.due.run_at
+def test_a_quarantine_of_a_clock_that_was_ahead_holds_nothing_up() -> None:
+    retries, pair = Retries(), a_pair()
+    retries.note(pair.name.key, QUARANTINED, now=NOW + timedelta(days=9))
+    assert retries.run_at(pair, now=NOW) == pair.due.run_at
+
+
+def test_what_is_forgotten_is_as_new() -> None:
+    retries, pair = Retries(), a_pair()
+    retries.note(pair.name.key, FAILED, now=NOW)
+    retries.forget(["another", pair.name.key])
+    assert retries.run_at(pair, now=NOW) == pair.due.run_at

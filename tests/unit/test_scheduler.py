@@ -13,7 +13,7 @@ import pytest
 from apscheduler.events import EVENT_JOB_SUBMITTED
 
 from kvmsnapd.schedule import Schedule
-from kvmsnapd.scheduler import JobChanges, JobScheduler, Wanted, retry_delay
+from kvmsnapd.scheduler import JobChanges, JobScheduler, Wanted
 from tests.builders import a_policy
 
 if TYPE_CHECKING:
@@ -66,24 +66,6 @@ def bench() -> Iterator[Bench]:
     bench.release.set()
     if bench.scheduler._scheduler.running:
         bench.scheduler.stop(timedelta(seconds=SOON_ENOUGH))
-
-
-# Retries
-
-
-@pytest.mark.parametrize(
-    ("failures", "minutes"), [(1, 1), (2, 2), (3, 4), (4, 8), (5, 15), (6, 15), (1000, 15), (10**9, 15)]
-)
-def test_a_retry_waits_a_minute_doubling_to_a_quarter_of_an_hour(failures: int, minutes: int) -> None:
-    assert retry_delay(failures, timedelta(days=1)) == timedelta(minutes=minutes)
-
-
-def test_a_retry_never_waits_longer_than_half_the_interval() -> None:
-    assert retry_delay(5, timedelta(minutes=10)) == timedelta(minutes=5)
-
-
-def test_a_retry_waits_a_second_at_least() -> None:
-    assert retry_delay(1, timedelta(seconds=1)) == timedelta(seconds=1)
 
 
 # Sync
