@@ -6,7 +6,8 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from kvmsnapd.daemon_events import DomainPoliciesChanged
-from kvmsnapd.plan import judge, owed_by
+from kvmsnapd.fleet import explain_coverage
+from kvmsnapd.plan import due_for, judge, owed_by
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -45,19 +46,26 @@ def compare_policies(before: Mapping[str, Policy], after: Mapping[str, Policy]) 
 def compare_fleets(before: Fleet, after: Fleet, *, now: datetime) -> tuple[DomainPoliciesChanged, ...]:
     """Return what changes for each domain to which something else applies, both fleets being of the same domains."""
     old, new = _by_domain(before), _by_domain(after)
+    coverages = {a.domain_uuid: explain_coverage(a) for a in after.assignments}
     changes = []
     for domain in after.domains:
         was, becomes = old.get(domain.uuid, {}), new.get(domain.uuid, {})
         both = [name for name in becomes if name in was and was[name].policy != becomes[name].policy]
         lost = tuple(name for name in was if name not in becomes)
+        gained = tuple(name for name in becomes if name not in was)
         change = DomainPoliciesChanged(
             domain=domain.name,
             domain_uuid=domain.uuid,
-            gained=tuple(name for name in becomes if name not in was),
+            coverage=coverages[domain.uuid],
+            gained=gained,
             lost=lost,
             changed={name: _differing(was[name].policy, becomes[name].policy) for name in both},
-            releases={name: len(_newly_released(domain, was[name], becomes[name], now)) for name in both},
-            fuse=tuple(name for name in both if _blows_fuse(domain, becomes[name].policy, now)),
+            releases={
+                name: len(_newly_released(domain, was.get(name), pair, now))
+                for name, pair in becomes.items()
+                if name in both or name not in was
+            },
+            fuse=tuple(name for name in (*gained, *both) if _blows_fuse(domain, becomes[name].policy, now)),
             leaves=sum(len(was[name].snapshots) for name in lost),
         )
         if change.gained or change.lost or change.changed:
@@ -65,16 +73,21 @@ def compare_fleets(before: Fleet, after: Fleet, *, now: datetime) -> tuple[Domai
     return tuple(changes)
 
 
-def _newly_released(domain: Inventory, before: Pair, after: Pair, now: datetime) -> set[str]:
-    return _released(domain, after.policy, now) - _released(domain, before.policy, now)
+def _newly_released(domain: Inventory, before: Pair | None, after: Pair, now: datetime) -> set[str]:
+    # Snapshots of a policy that did not apply were released by nothing.
+    released = _released(domain, after.policy, now)
+    return released - _released(domain, before.policy, now) if before else released
 
 
 def _blows_fuse(domain: Inventory, policy: Policy, now: datetime) -> bool:
-    return len(_released(domain, policy, now)) > policy.max_deletes_per_run + owed_by(domain, policy)
+    """Tell whether the next run, with the snapshot that it takes, would delete more than may go at once."""
+    upcoming = due_for(domain, policy, now).slot or policy.schedule.next_slot(now)
+    deletes = len(_released(domain, policy, max(now, upcoming), upcoming)) + len(domain.half_deleted(policy.name))
+    return deletes > policy.max_deletes_per_run + owed_by(domain, policy)
 
 
-def _released(domain: Inventory, policy: Policy, now: datetime) -> set[str]:
-    return {verdict.point.name for verdict in judge(domain, policy, now=now) if not verdict.keep}
+def _released(domain: Inventory, policy: Policy, now: datetime, upcoming: datetime | None = None) -> set[str]:
+    return {verdict.point.name for verdict in judge(domain, policy, now=now, upcoming=upcoming) if not verdict.keep}
 
 
 def _differing(before: Policy, after: Policy) -> tuple[str, ...]:

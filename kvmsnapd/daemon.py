@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from kvmsnapd.audit import publish_audit
 from kvmsnapd.changes import compare_fleets, compare_policies
+from kvmsnapd.config import NEEDS_RESTART
 from kvmsnapd.daemon_events import (
     ConfigLoaded,
     ConfigRejected,
@@ -37,19 +38,20 @@ from kvmsnapd.state_files import DomainLocks, FreezeIntents
 from kvmsnapd.state_series import Observation
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
     from kvmsnapd.config import Config
     from kvmsnapd.daemon_events import DomainPoliciesChanged
     from kvmsnapd.events import Event, Publish
     from kvmsnapd.fleet import Fleet, Pair
-    from kvmsnapd.policy import Policy
+    from kvmsnapd.model import Inventory
 
 DRAIN = timedelta(seconds=60)
 """How long a stop waits for runs that are going on; a snapshot or merge that takes longer is finished by libvirt."""
 
-_WATCH_SECONDS = 2.0
-"""How often the files are looked at where edits are put in force by themselves."""
+_WATCH_SECONDS, _LOOK_SECONDS = 2.0, 30.0
+"""How often the files are looked at where edits are put in force by themselves, and elsewhere."""
 
 _SHORTEST_TICK_SECONDS = 1.0
 """Runs that end ask for a tick, so that metrics are fresh; many at once must not cause as many."""
@@ -61,17 +63,6 @@ _CLOSE_SECONDS = 5.0
 
 _STUCK_RUNS = 6
 """How many runs may be stuck while all workers go on. libvirtd serves 20 calls at once, and others call it too."""
-
-_FIXED = (
-    "connect",
-    "workers",
-    "takes_per_storage",
-    "merges_per_storage",
-    "metrics",
-    "state_directory",
-    "runtime_directory",
-)
-"""Settings that a reload does not change; they need a restart, which the log then says."""
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -117,6 +108,7 @@ class Daemon:
         self._watch = watch
         self._host = LibvirtHost(self._uri)
         try:
+            self._live.be_the_only_one()
             locks = DomainLocks(config.runtime_directory / "locks")
             self._intents = FreezeIntents(config.state_directory / "frozen")
         except OSError as error:
@@ -129,7 +121,7 @@ class Daemon:
             self._publish,
             clock=read_clock,
             stopwatch=time.monotonic,
-            current=self._current_policy,
+            current=self._current,
             host_gate=HostGate(places=settings.workers, patience=PATIENCE),
             gates=StorageGates(takes=settings.takes_per_storage, heavy=settings.merges_per_storage),
         )
@@ -154,19 +146,18 @@ class Daemon:
     def run(self) -> int:
         """Work until SIGTERM or SIGINT; SIGHUP reloads. Return the exit code, 1 if a run did not end in time."""
         self._publish_config(self._live.current)
-        self._live.write_note()
         self._publish(DaemonStarted(uri=self._uri, metrics=self.server.url if self.server else None))
         self._scheduler.start()
         ticking = threading.Thread(target=self._tick_forever, name="tick", daemon=True)
         ticking.start()
         while True:
             settings = self._live.current.settings
-            pause = _WATCH_SECONDS if settings.watch else settings.tick.total_seconds()
+            pause = _WATCH_SECONDS if settings.watch else min(settings.tick.total_seconds(), _LOOK_SECONDS)
             received = signal.sigtimedwait(_SIGNALS, pause)
             if received and received.si_signo != signal.SIGHUP:
                 break
             if received or self._live.look():
-                self._reload()
+                self._reload(asked=bool(received))
         self._stopping.set()
         self._tick_wanted.set()
         ended = self._scheduler.stop(DRAIN)
@@ -176,7 +167,6 @@ class Daemon:
         closing = threading.Thread(target=self._host.close, name="close", daemon=True)
         closing.start()
         closing.join(_CLOSE_SECONDS)
-        self._live.remove_note()
         self._publish(DaemonStopped(unfinished=tuple(sorted(self._scheduler.active()))))
         return 0 if ended else 1
 
@@ -218,28 +208,26 @@ class Daemon:
 
     def _tick(self) -> None:
         """Look at libvirt once and put jobs, retries and metrics in step with what is there."""
-        config, now = self._live.current, read_clock()
+        now = read_clock()
         try:
             capabilities = self._host.capabilities()
-            fleet = survey(config.expected_policies, config.selectors, self._host.inventory(), now=now)
+            inventory = self._host.inventory()
         except HypervisorError as error:
             if self._libvirt_up or self._last_tick_at is None:
                 self._publish(LibvirtLost(uri=self._uri, error=str(error)))
             self._libvirt_up, self._last_tick_at = False, now
             return
-        if not self._libvirt_up:
+        with self._swap:
+            fleet = self._survey(self._live.current, inventory, now)
+            self._take_over(fleet)
+        connected, self._libvirt_up, self._last_tick_at = not self._libvirt_up, True, now
+        if connected:
             self._publish(LibvirtConnected(uri=self._uri, driver=capabilities.driver, version=capabilities.version))
             threading.Thread(target=self._audit, args=(fleet, now), name="audit", daemon=True).start()
         # An agent may take long to answer, or never answer; that must not hold up the tick.
         if self._intents.outstanding() and not (self._thawing and self._thawing.is_alive()):
             self._thawing = threading.Thread(target=self._executor.thawer.thaw_all, name="thaw", daemon=True)
             self._thawing.start()
-        self._libvirt_up, self._last_tick_at = True, now
-        with self._swap:
-            if config is not self._live.current:  # replaced meanwhile; looked at anew by the new one
-                self._tick_wanted.set()
-                return
-            self._take_over(fleet)
         for record in (self._attempts, self._missed):
             for gone in record.keys() - self._pairs.keys():
                 record.pop(gone, None)
@@ -273,10 +261,9 @@ class Daemon:
             detail = f"the slot of {pair.due.missed.isoformat()} was missed and catch_up is skip"
             self._publish(RunSkipped(pair=pair.name, reason="misfire", detail=detail))
 
-    def _current_policy(self, pair: Pair) -> Policy | None:
-        """Return the policy that is in force for a pair now; None when it is gone, or when we are stopping."""
-        now = None if self._stopping.is_set() else self._pairs.get(pair.name.key)
-        return now.policy if now else None
+    def _current(self, pair: Pair) -> Pair | None:
+        """Return what is in force for a pair now; None when it is gone, or when we are stopping."""
+        return None if self._stopping.is_set() else self._pairs.get(pair.name.key)
 
     # A run, on one of APScheduler's threads
 
@@ -286,34 +273,53 @@ class Daemon:
             return
         self._attempts[key] = read_clock()
         outcome = self._executor.run(pair)
-        self._retries.note(key, outcome, now=read_clock())
+        now = self._pairs.get(key)
+        if now and now.policy == pair.policy:  # else the failure is one of a policy that is no more
+            self._retries.note(key, outcome, now=read_clock())
         self._tick_wanted.set()
 
     # Configuration
 
-    def _reload(self) -> None:
+    def _reload(self, *, asked: bool) -> None:
         """Read the configuration anew; on any error the one in force stays, untouched."""
+        before, now = self._live.current, read_clock()
         try:
-            config = self._live.read()
-        except ConfigError:
+            config = self._live.read(asked=asked)
+            if config is None:
+                return
+            with self._swap:
+                changes = self._go_over_to(config, now)
+        except Exception as error:  # whatever it is, the daemon goes on with what it has
+            if not isinstance(error, ConfigError):
+                logging.getLogger(__name__).exception("reload ended in an unforeseen error")
+                self._live.reject(error)
             self._publish(ConfigRejected(path=str(self._live.path), problems=self._live.rejected))
             return
         configure_logging(level=config.settings.log.level, form=config.settings.log.format)
-        before, now = self._live.current, read_clock()
-        changes: tuple[DomainPoliciesChanged, ...] = ()
-        with self._swap:
-            self._live.replace(config)
-            if self._fleet:
-                # By the new configuration at once: a run that begins before the next tick must not go by the old one.
-                fleet = survey(config.expected_policies, config.selectors, self._fleet.domains, now=now)
-                changes = compare_fleets(self._fleet, fleet, now=now)
-                self._take_over(fleet)
         # What was in the way of a run may be what the edit was for.
         self._retries.forget(PairName(c.domain, c.domain_uuid, policy).key for c in changes for policy in c.changed)
         self._publish_config(config, before, len(changes))
         for change in changes:
             self._publish(change)
         self._tick_wanted.set()
+
+    def _go_over_to(self, config: Config, now: datetime) -> tuple[DomainPoliciesChanged, ...]:
+        """Put a configuration in force for the domains as last seen; all of it, or nothing if there is an error.
+
+        At once, not with the next tick: a run that begins before that must not go by the old one.
+        """
+        if not self._fleet:
+            self._live.replace(config)
+            return ()
+        fleet = self._survey(config, self._fleet.domains, now)
+        changes = compare_fleets(self._fleet, fleet, now=now)
+        self._live.replace(config)
+        self._take_over(fleet)
+        return changes
+
+    @staticmethod
+    def _survey(config: Config, inventory: Iterable[Inventory], now: datetime) -> Fleet:
+        return survey(config.expected_policies, config.selectors, inventory, now=now)
 
     def _take_over(self, fleet: Fleet) -> None:
         """Let runs, metrics and people see this fleet. To be called with the lock held."""
@@ -330,7 +336,7 @@ class Daemon:
                 policies=len(config.policies),
                 selectors=len(config.selectors),
                 warnings=config.warnings,
-                needs_restart=tuple(n for n in _FIXED if getattr(old, n) != getattr(new, n)),
+                needs_restart=tuple(n for n in NEEDS_RESTART if getattr(old, n) != getattr(new, n)),
                 policies_added=policies.added,
                 policies_removed=policies.removed,
                 policies_changed=policies.changed,

@@ -49,7 +49,7 @@ class ConfigLoaded(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DomainPoliciesChanged(Event):
-    """A reload changed what applies to one domain.
+    """A reload changed what applies to one domain; ``coverage`` says by which entry, or why nothing does.
 
     ``changed`` names the settings that differ, by policy. ``releases`` is how many more snapshots the new keep rules
     release, by policy; those of ``fuse`` wait, since they are more than may go at once. ``leaves`` is how many
@@ -59,6 +59,7 @@ class DomainPoliciesChanged(Event):
     NAME: ClassVar[str] = "config.domain_changed"
     domain: str
     domain_uuid: str
+    coverage: str
     gained: tuple[str, ...]
     lost: tuple[str, ...]
     changed: Mapping[str, tuple[str, ...]]

@@ -9,8 +9,8 @@ from kvmsnapd.errors import InvalidValueError
 
 # No months and years: how long they are depends on where one starts. Calendar retention counts periods.
 _SECONDS = {"w": 604800, "d": 86400, "h": 3600, "m": 60, "s": 1}
-DURATION_PATTERN = r"^(\d{1,9}[wdhms])+$"
-"""The accepted form, for the JSON schema."""
+DURATION_PATTERN = r"^ *([0-9]{1,9} *[wdhms] *)+$"
+"""The accepted form, for the JSON schema as well."""
 
 _LONGEST = timedelta(days=36500)
 
@@ -21,11 +21,10 @@ def parse_duration(text: str) -> timedelta:
     Raises:
         InvalidValueError: the text is of another form, or names more than a hundred years.
     """
-    compact = text.strip().replace(" ", "")
-    if not re.fullmatch(DURATION_PATTERN, compact, re.ASCII):
+    if not re.fullmatch(DURATION_PATTERN, text):
         msg = f"{text!r} is not a duration: write a number with a unit, such as 90s, 15m, 36h, 7d or 1h30m"
         raise InvalidValueError(msg)
-    seconds = sum(int(number) * _SECONDS[unit] for number, unit in re.findall(r"(\d+)([wdhms])", compact))
+    seconds = sum(int(number) * _SECONDS[unit] for number, unit in re.findall(r"([0-9]+) *([wdhms])", text))
     if seconds > _LONGEST.total_seconds():
         msg = f"{text!r} is longer than a hundred years"
         raise InvalidValueError(msg)

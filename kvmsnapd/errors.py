@@ -38,6 +38,9 @@ class InvalidValueError(KvmsnapdError, ValueError):
     """
 
 
+_LONGEST_TEXT = 1000
+
+
 @dataclass(frozen=True, slots=True)
 class Problem:
     """One thing that is wrong in the configuration, as a compiler would show it."""
@@ -53,6 +56,13 @@ class Problem:
     """The path of the key, such as ``policies.standard.keep.last``."""
     excerpt: str = ""
     """The line of the file, with a caret below."""
+
+    def __post_init__(self) -> None:
+        """Keep every text short, and fit to be printed, whatever was in the file."""
+        for name in ("message", "file", "key", "excerpt"):
+            text = getattr(self, name).encode("utf-8", "backslashreplace").decode()
+            text = text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]}…"
+            object.__setattr__(self, name, text)
 
     @property
     def place(self) -> str:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from kvmsnapd.hypervisor import Hypervisor
     from kvmsnapd.model import Domain, TakeRequest
     from kvmsnapd.plan import Confirm, Plan
-    from kvmsnapd.policy import Hook, Policy
+    from kvmsnapd.policy import Hook
     from kvmsnapd.refusal import Refusal
     from kvmsnapd.state_files import DomainLocks, FreezeIntents
 
@@ -89,8 +89,8 @@ class Executor:
     stopwatch: Callable[[], float]
     host_gate: HostGate = field(default_factory=lambda: HostGate(places=4, patience=PATIENCE))
     gates: StorageGates = field(default_factory=lambda: StorageGates(takes=4, heavy=1))
-    current: Callable[[Pair], Policy | None] = field(default=lambda pair: pair.policy)
-    """Returns the policy as it is now configured, None if the pair is gone or nothing more is to be begun."""
+    current: Callable[[Pair], Pair | None] = field(default=lambda pair: pair)
+    """Returns the pair as it is now configured, None if the pair is gone or nothing more is to be begun."""
     # Per pair, why it is in quarantine, so that it is told once.
     _quarantine: dict[str, str] = field(default_factory=dict)
 
@@ -139,10 +139,10 @@ class Executor:
 
     def _run_locked(self, pair: Pair) -> Outcome:
         uuid = pair.name.domain_uuid
-        policy = self.current(pair)
-        if policy is None:
+        in_force = self.current(pair)
+        if in_force is None:
             return Outcome(Result.NOTHING_DUE)  # the pair went, or we are told to stop, while this run waited
-        pair = replace(pair, policy=policy)
+        pair = in_force
         if self.intents.exists(uuid):
             self.thawer.thaw(uuid)
         domain, plan = self._plan(pair)
@@ -157,7 +157,9 @@ class Executor:
         deleted = blocked = 0
         if outcome.result in {Result.TAKEN, Result.UNCHANGED}:
             deleted, blocked = self._pruner.prune(pair, plan.deletes, plan.blocked)
-            if blocked > len(plan.blocked):
+            now = self.current(pair)
+            # What waits because the policy was changed is nothing that the new one owes.
+            if blocked > len(plan.blocked) and now and now.policy == pair.policy:
                 self._note_debt(pair, outcome.snapshot, blocked - len(plan.blocked))
         elif plan.refusal:
             self._pruner.report(pair, plan.blocked)
@@ -177,25 +179,29 @@ class Executor:
         ram = request.mark.consistency is Consistency.MEMORY
         with self.gates.hold(data_folders(domain, pair.policy), heavy=ram) as waited:
             if waited:
-                policy = self.current(pair)
-                if policy is None:
+                now = self.current(pair)
+                if now is None:
                     return Outcome(Result.NOTHING_DUE), plan
-                pair = replace(pair, policy=policy)
+                pair = now
                 _, plan = self._plan(pair)
             if plan.take is None:
                 return self._without_take(pair, plan), plan
             return self._between_hooks(pair, plan, plan.take)
 
     def _between_hooks(self, pair: Pair, plan: Plan, request: TakeRequest) -> tuple[Outcome, Plan]:
-        hooks = pair.policy.hooks
+        hooks, before = pair.policy.hooks, pair
         try:
             if hooks.before and not self._run_hook(pair, request, "before", "due") and hooks.before.required:
                 outcome = self._skip(pair, "hook", "the required hook `before` failed, so nothing was taken")
             else:
-                if hooks.before:
-                    _, plan = self._plan(pair)  # time has passed, and a hook may well shut a guest off
+                now: Pair | None = pair
+                if hooks.before and (now := self.current(pair)):
+                    _, plan = self._plan(now)  # time has passed, and a hook may well shut a guest off
                     request = plan.take or request
-                if plan.take is None:
+                pair = now or pair
+                if now is None:
+                    outcome = Outcome(Result.NOTHING_DUE)
+                elif plan.take is None:
                     outcome = self._without_take(pair, plan)
                 else:
                     taken = self._taker.take(pair, plan.take)
@@ -203,9 +209,9 @@ class Executor:
                     result = Result.TAKEN if taken else Result.FAILED
                     outcome = Outcome(result, request.mark.scheduled_at, taken)
         except BaseException:
-            self._run_hook(pair, request, "on_failure", Result.FAILED)
+            self._run_hook(before, request, "on_failure", Result.FAILED)
             raise
-        self._run_hook(pair, request, "on_failure" if outcome.wants_retry else "after", outcome.result)
+        self._run_hook(before, request, "on_failure" if outcome.wants_retry else "after", outcome.result)
         return outcome, plan
 
     def _without_take(self, pair: Pair, plan: Plan) -> Outcome:

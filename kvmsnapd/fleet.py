@@ -121,6 +121,13 @@ def survey(
     )
 
 
+def explain_coverage(assignment: Assignment) -> str:
+    """Return why a domain has the policies it has, and the entries that decide."""
+    if assignment.coverage in {Coverage.UNMATCHED, Coverage.AMBIGUOUS}:
+        return explain_unprotected(assignment)
+    return f"{assignment.coverage}, by {assignment.patterns[0]}"
+
+
 def explain_unprotected(assignment: Assignment) -> str:
     """Return why a domain has no policy, and what to do about it."""
     if assignment.patterns:

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import time
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvmsnapd.config import fingerprint, load_config
-from kvmsnapd.errors import ConfigError
+from kvmsnapd.config import fingerprint, load_config, read_contents
+from kvmsnapd.errors import ConfigError, KvmsnapdError, Problem
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from datetime import datetime
-    from pathlib import Path
 
     from kvmsnapd.config import Config
+    from kvmsnapd.config.files import Contents
 
-_NOTE = "config.json"
+_NOTE, _LOCK = "config.json", "daemon.lock"
+_LOOKS_TO_SETTLE = 2
+_LOCK_SECONDS = 1.0
 
 
 class LiveConfig:
@@ -36,65 +41,123 @@ class LiveConfig:
         """What was wrong with the last one, if it was refused."""
         self.stale = False
         """Whether the files differ from what is in force."""
-        self._tried = self._seen = self.current.fingerprint
+        self._in_force = self._tried = self._seen = fingerprint(self.current.contents)
+        self._looks = 0
         # The same place until the end, whatever a later configuration says.
-        self._note = self.current.runtime_directory / _NOTE
+        self._directory = self.current.runtime_directory
+        self._lock: int | None = None
 
-    def read(self) -> Config:
-        """Return the configuration as the files have it now; it is not yet in force.
+    def be_the_only_one(self) -> None:
+        """Keep other daemons from this runtime directory until this process ends.
+
+        Raises:
+            KvmsnapdError: another one is at work.
+        """
+        self._directory.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(self._directory / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        deadline = time.monotonic() + _LOCK_SECONDS
+        while not self._take_lock():
+            if time.monotonic() > deadline:
+                msg = f"another kvmsnapd uses {self._directory}; stop it, or set runtime_directory and state_directory"
+                raise KvmsnapdError(msg)
+            time.sleep(_LOCK_SECONDS / 20)  # a reader of the note has it for a moment
+        self._write_note()
+
+    def _take_lock(self) -> bool:
+        try:
+            fcntl.flock(self._lock or 0, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def read(self, *, asked: bool = True) -> Config | None:
+        """Return the configuration as the files have it now; it is not yet in force. None if they are being edited.
+
+        Args:
+            asked: whether a person asked for it, and it is not just the files that have changed.
 
         Raises:
             ConfigError: it is not valid; the one before stays in force, and the refusal is noted.
         """
-        self._tried = fingerprint(self.path)
+        self._tried = self._fingerprint()
         try:
-            return load_config(self.path)
+            config = load_config(self.path)
+            if not asked and fingerprint(config.contents) != self._seen:
+                self._tried = ""
+                return None
+            if not asked:
+                self._check_domains(config)
         except ConfigError as error:
-            self.rejected, self.stale = tuple(map(str, error.problems)), True
-            self.write_note()
+            self.reject(error)
             raise
+        return config
+
+    def _check_domains(self, config: Config) -> None:
+        """Refuse to let all domains go unasked: a file that was cut off by a full disk looks like that."""
+        if self.current.selectors and not config.selectors:
+            message = "takes all domains away; reload by hand if this is meant (systemctl reload kvmsnapd)"
+            raise ConfigError([Problem(message, str(self.path))])
+
+    def reject(self, error: Exception) -> None:
+        """Note that a configuration was refused, and why."""
+        problems = error.problems if isinstance(error, ConfigError) else [f"{type(error).__name__}: {error}"]
+        self.rejected, self.stale = tuple(map(str, problems)), True
+        self._write_note()
 
     def replace(self, config: Config) -> None:
         """Put a configuration in force."""
         self.current, self.loaded_at, self.rejected, self.stale = config, self._clock(), (), False
-        self._tried = self._seen = config.fingerprint
-        self.write_note()
+        self._in_force = self._tried = self._seen = fingerprint(config.contents)
+        self._write_note()
 
     def look(self) -> bool:
         """Compare the files with what is in force; return whether an edit is to be put in force by itself.
 
-        That is one that ``watch`` asks for, which was not tried yet, and looks as it did the last time: it has settled.
+        That is one that ``watch`` asks for, which was not tried yet and has settled: it looks as it did the last times.
         """
-        seen = fingerprint(self.path)
-        settled, self._seen = seen == self._seen, seen
-        self.stale = seen != self.current.fingerprint
-        return self.current.settings.watch and settled and seen != self._tried
+        seen = self._fingerprint()
+        self._looks = self._looks + 1 if seen == self._seen else 0
+        self._seen, self.stale = seen, seen != self._in_force
+        settled = self._looks >= _LOOKS_TO_SETTLE
+        new = (self.stale or bool(self.rejected)) and seen != self._tried
+        return self.current.settings.watch and settled and new
 
-    def write_note(self) -> None:
+    def _fingerprint(self) -> str:
+        try:
+            return fingerprint(read_contents(self.path)[0])
+        except ConfigError as error:
+            return f"unreadable: {error}"
+
+    def _write_note(self) -> None:
         """Tell other processes what this one runs; a disk that is full is no reason to stop."""
         note = {
             "pid": os.getpid(),
-            "path": str(self.path.absolute()),
+            "path": str(self.path.resolve()),
             "loaded_at": self.loaded_at.isoformat(),
             "rejected": list(self.rejected),
+            "files": [[str(path), content.decode()] for path, content in self.current.contents],
+            "environment": {name: os.environ.get(name, "") for name in self.current.environment.variables.values()},
         }
         with suppress(OSError):
-            draft = self._note.with_suffix(".new")
+            draft = self._directory / f"{_NOTE}.new"
+            draft.touch(mode=0o600)  # hooks and their arguments may be in it
             draft.write_text(json.dumps(note))
-            draft.replace(self._note)
-
-    def remove_note(self) -> None:
-        """End what other processes are told."""
-        with suppress(OSError):
-            self._note.unlink()
+            draft.replace(self._directory / _NOTE)
 
 
 def read_note(path: Path, runtime_directory: Path) -> dict[str, Any] | None:
-    """Return what a running daemon has noted of this configuration file, None if there is none."""
+    """Return what a running daemon has noted of this configuration file, None if there is none or we may not look."""
     try:
         note: dict[str, Any] = json.loads((runtime_directory / _NOTE).read_text())
-        with suppress(PermissionError):  # it runs as another user
-            os.kill(note["pid"], 0)
-    except (OSError, ValueError, KeyError):
+        with (runtime_directory / _LOCK).open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return None  # nobody holds it: the daemon is dead
+    except BlockingIOError:
+        return note if isinstance(note, dict) and note.get("path") == str(path.resolve()) else None
+    except (OSError, ValueError):
         return None
-    return note if note.get("path") == str(path.absolute()) else None
+
+
+def contents_of(note: dict[str, Any]) -> Contents:
+    """Return the files of the configuration in force, as :func:`read_note` gave them."""
+    return [(Path(path), text.encode()) for path, text in note["files"]]

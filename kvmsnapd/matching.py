@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from fnmatch import fnmatchcase
 from functools import lru_cache
+from math import comb
 from re import _constants as op  # type: ignore[attr-defined]
 from re import _parser  # type: ignore[attr-defined]
 from typing import TYPE_CHECKING, Any
@@ -24,9 +25,12 @@ if TYPE_CHECKING:
     from kvmsnapd.model import Inventory
     from kvmsnapd.policy import Policy
 
+_UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 _ONE_CHARACTER = {op.LITERAL, op.NOT_LITERAL, op.ANY, op.IN}
 _REPEATS = {op.MAX_REPEAT, op.MIN_REPEAT}
-_MOST_REPEATS = 4
+_LONGEST_NAME = 255  # libvirt makes a file of it
+_MOST_STEPS = 20_000_000
+"""That matching one name may take: about half a second, on a name made for the purpose."""
 
 
 class Coverage(StrEnum):
@@ -72,13 +76,13 @@ def _assign_one(selectors: Mapping[str, tuple[Policy, ...]], patterns: list[str]
 
     exact = [selector for selector in (domain.name, domain.uuid) if selector in selectors]
     if exact:
-        agree = all(selectors[selector] == selectors[exact[0]] for selector in exact)
+        agree = all(set(selectors[selector]) == set(selectors[exact[0]]) for selector in exact)
         return decided(exact[0]) if agree else assigned(Coverage.AMBIGUOUS, *exact)
     matching = [pattern for pattern in patterns if fits(pattern, domain.name)]
     if not matching:
         return assigned(Coverage.UNMATCHED)
     best = [pattern for pattern in matching if weight(pattern) == weight(matching[0])]
-    if any(selectors[pattern] != selectors[best[0]] for pattern in best):
+    if any(set(selectors[pattern]) != set(selectors[best[0]]) for pattern in best):
         return assigned(Coverage.AMBIGUOUS, *best)
     return decided(best[0])
 
@@ -95,7 +99,12 @@ def is_pattern(selector: str) -> bool:
 
 def is_regex(selector: str) -> bool:
     """Tell whether a selector is a regular expression; libvirt has no domain with a slash in its name."""
-    return len(selector) > 1 and selector[0] == selector[-1] == "/"
+    return len(selector) > 2 and selector[0] == selector[-1] == "/"  # noqa: PLR2004
+
+
+def is_uuid(selector: str) -> bool:
+    """Tell whether a selector is a UUID."""
+    return bool(_UUID.fullmatch(selector))
 
 
 def weight(pattern: str) -> tuple[int, int]:
@@ -116,18 +125,18 @@ def check_selector(selector: str) -> str:
     Raises:
         InvalidValueError: it is empty, or no regular expression, or one that could take for ever to match some name.
     """
-    if not selector:
-        msg = "write the name, UUID or pattern of a domain"
+    if not 0 < len(selector) <= _LONGEST_NAME:
+        msg = f"write the name, UUID or pattern of a domain, in up to {_LONGEST_NAME} characters"
         raise InvalidValueError(msg)
     if is_regex(selector):
         try:
             _compile(selector)
-            repeats = _check_regex(_parser.parse(selector[1:-1]))
+            repeats, ways = _choices(_parser.parse(selector[1:-1]))
         except (re.error, RecursionError, OverflowError, Warning) as error:
             msg = f"{selector} is no regular expression: {error}"
             raise InvalidValueError(msg) from error
-        if repeats > _MOST_REPEATS:
-            msg = f"{selector}: more than {_MOST_REPEATS} of * + ? {{}} can take for ever to match; use fewer"
+        if comb(_LONGEST_NAME + repeats, repeats) * ways > _MOST_STEPS:
+            msg = f"{selector} takes too long to match some names: use fewer of * + ? {{}} |, or several entries"
             raise InvalidValueError(msg)
     elif "/" in selector:
         msg = f"{selector!r} fits no domain, no name has a slash; a regular expression begins and ends with one"
@@ -141,14 +150,14 @@ def missing_domains(selectors: Iterable[str], domains: Iterable[Inventory]) -> t
     return tuple(selector for selector in selectors if selector not in known and not is_pattern(selector))
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=2**16)
 def _compile(selector: str) -> re.Pattern[str]:
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # "possible nested set": means something else to each reader
         return re.compile(selector[1:-1])
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=2**16)
 def _regex_weight(selector: str) -> tuple[int, int]:
     return _fixed(_parser.parse(selector[1:-1]))
 
@@ -169,22 +178,30 @@ def _fixed(items: Iterable[tuple[Any, Any]]) -> tuple[int, int]:
     return fixed, shortest
 
 
-def _check_regex(items: Iterable[tuple[Any, Any]]) -> int:
-    """Return how many repeats of variable length there are; raise InvalidValueError for what may backtrack for ever."""
-    repeats = 0
+def _choices(items: Iterable[tuple[Any, Any]]) -> tuple[int, int]:
+    """Return how many repeats of variable length there are, and in how many ways alternatives can be chosen.
+
+    Raises:
+        InvalidValueError: it may backtrack without limit.
+    """
+    repeats, ways = 0, 1
     for kind, argument in items:
+        inner: list[tuple[int, int]] = []
         if kind in _REPEATS:
             shortest, longest, body = argument
-            repeats += shortest != longest
             if longest > 1 and any(part not in _ONE_CHARACTER for part, _ in body):
                 msg = "only single characters and [classes] may be repeated, or some names take for ever to match"
                 raise InvalidValueError(msg)
-            repeats += _check_regex(body)
+            repeats += shortest != longest
+            inner = [_choices(body)]
         elif kind is op.BRANCH:
-            repeats += sum(map(_check_regex, argument[1]))
+            inner = [_choices(alternative) for alternative in argument[1]]
+            ways *= len(inner)
         elif kind is op.SUBPATTERN:
-            repeats += _check_regex(argument[-1])
+            inner = [_choices(argument[-1])]
         elif kind not in {*_ONE_CHARACTER, op.AT}:
-            msg = f"{str(kind).lower()} is not understood here; use characters, [classes], (a|b) and * + ? {{}}"
+            msg = "look-around, references and the like are not understood here; use [classes], (a|b) and * + ? {}"
             raise InvalidValueError(msg)
-    return repeats
+        for more, factor in inner:
+            repeats, ways = repeats + more, ways * factor
+    return repeats, ways

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
@@ -106,6 +107,7 @@ class Metrics:
         self._take_seconds = self._histogram("snapshot_duration", "Time libvirt took for one snapshot.")
         self._delete_seconds = self._histogram("delete_duration", "Time libvirt took to delete one snapshot.")
         self.registry.register(StateCollector(observe))
+        self._lock = threading.Lock()  # of what writes; a scrape does not wait for it
         self._pairs: set[tuple[str, str]] = set()
         self._folders: dict[str, set[str]] = {}
         self._unprunable: dict[tuple[str, str], frozenset[str]] = {}
@@ -118,9 +120,10 @@ class Metrics:
 
     def consume(self, event: Event) -> None:
         """Count one event; those of no run, and of a pair that went while its run went on, are ignored."""
-        if isinstance(event, RunEvent) and (event.pair.domain, event.pair.policy) in self._pairs:
-            self._count(event, event.pair.domain, event.pair.policy)
-            self._note(event, event.pair.domain, event.pair.policy)
+        with self._lock:
+            if isinstance(event, RunEvent) and (event.pair.domain, event.pair.policy) in self._pairs:
+                self._count(event, event.pair.domain, event.pair.policy)
+                self._note(event, event.pair.domain, event.pair.policy)
 
     def _count(self, event: RunEvent, domain: str, policy: str) -> None:
         """Add to the series that only grow."""
@@ -184,7 +187,10 @@ class Metrics:
 
     def keep_only(self, pairs: Iterable[tuple[str, str]]) -> None:
         """Drop the series of all (domain, policy) that are not among ``pairs``, and begin counting the new ones."""
-        wanted = set(pairs)
+        with self._lock:
+            self._keep_only(set(pairs))
+
+    def _keep_only(self, wanted: set[tuple[str, str]]) -> None:
         for domain, policy in self._pairs - wanted:
             for metric in (
                 *(self._taken, self._unchanged, self._failed, self._skipped, self._deleted, self._delete_failed),

@@ -33,12 +33,16 @@ _NAME = re.compile(NAME_PATTERN)
 _SLOT = "%Y%m%dT%H%M%SZ"
 
 
+def is_policy_name(name: str) -> bool:
+    """Tell whether ``name`` can be a policy's name."""
+    return bool(re.fullmatch(POLICY_NAME_PATTERN, name, re.ASCII))
+
+
 def check_policy_name(name: str) -> str:
     """Return ``name`` unchanged if it can be a policy's name; raise InvalidValueError if it cannot."""
-    if not re.fullmatch(POLICY_NAME_PATTERN, name, re.ASCII):
-        msg = (
-            f"{name!r} cannot name a policy: use 1 to 32 letters, digits, '.', '_' or '-', the first a letter or digit"
-        )
+    if not is_policy_name(name):
+        allowed = "use 1 to 32 letters, digits, '.', '_' or '-', the first a letter or digit"
+        msg = f"{name[:60]!r} cannot name a policy: {allowed}"
         raise InvalidValueError(msg)
     return name
 

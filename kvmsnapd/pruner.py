@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from kvmsnapd.gates import StorageGates
     from kvmsnapd.hypervisor import Hypervisor
     from kvmsnapd.model import Domain
-    from kvmsnapd.policy import Policy
     from kvmsnapd.prune import Delete
 
 
@@ -37,7 +36,7 @@ class Pruner:
 
     hypervisor: Hypervisor
     gates: StorageGates
-    current: Callable[[Pair], Policy | None]
+    current: Callable[[Pair], Pair | None]
     """Returns the policy as it is now configured, None if the pair is gone."""
     publish: Publish
     clock: Callable[[], datetime]
@@ -179,7 +178,8 @@ class Pruner:
         upcoming = due_for(domain, pair.policy, now).slot
         released = {v.point.name for v in judge(domain, pair.policy, now=now, upcoming=upcoming) if not v.keep}
         half = {snapshot.name for snapshot in domain.half_deleted(pair.policy.name)}
-        if self.current(pair) != pair.policy:
+        in_force = self.current(pair)
+        if in_force is None or in_force.policy != pair.policy:
             return Blocked(name, BlockReason.CHANGED, "the policy was changed meanwhile")
         if name not in released | half or name == newest_of(domain, pair.policy, now=now):
             return Blocked(name, BlockReason.CHANGED, f"somebody changed the snapshots meanwhile, and {name} is wanted")

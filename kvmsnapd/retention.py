@@ -96,7 +96,7 @@ def parse_count(value: int | str) -> int:
     """
     if value == "all":
         return ALL
-    if isinstance(value, int) or re.fullmatch(r"[0-9]{1,9}", value, re.ASCII):
+    if isinstance(value, int) or re.fullmatch(r"0|[1-9][0-9]{0,8}", value, re.ASCII):
         count = int(value)
         if 0 < count < 10**9:
             return count

@@ -146,13 +146,11 @@ class JobScheduler:
         for key, want in wanted.items():
             known = self._jobs.get(key)
             if known is None or known[:2] != (want.policy, want.splay):
+                # One that is running cannot be started once more; it is timed anew when it has ended.
+                timing = {} if key in active else {"next_run_time": want.run_at}
+                trigger = _SlotTrigger(want.policy, want.splay)
                 job = self._scheduler.add_job(
-                    self._guarded,
-                    _SlotTrigger(want.policy, want.splay),
-                    args=(key,),
-                    id=key,
-                    replace_existing=True,
-                    next_run_time=want.run_at,
+                    self._guarded, trigger, args=(key,), id=key, replace_existing=True, **timing
                 )
                 self._jobs[key] = (want.policy, want.splay, job)
                 added, changed = added + (known is None), changed + (known is not None)

@@ -23,6 +23,8 @@ _EXIT_CODES = """exit codes: 0 done, 1 a domain failed or a check found somethin
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; every expected error becomes one message on stderr."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names of files may be anything
     arguments = _parser().parse_args(argv)
     module, function = arguments.answer
     try:

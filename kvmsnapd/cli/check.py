@@ -6,7 +6,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from kvmsnapd.cli.render import print_table
+from kvmsnapd.cli.inspect import find_domain
 from kvmsnapd.config import load_config
 from kvmsnapd.config.schema import render_schema
 from kvmsnapd.config.yaml_document import to_yaml
@@ -14,8 +14,10 @@ from kvmsnapd.daemon import read_clock
 from kvmsnapd.errors import ConfigError
 from kvmsnapd.fleet import explain_unprotected, survey
 from kvmsnapd.libvirt_host import LibvirtHost
-from kvmsnapd.matching import Coverage, assign, fits, is_pattern
+from kvmsnapd.matching import Coverage, assign, fits, is_pattern, is_uuid
 from kvmsnapd.model import Inventory
+
+_WIDEST = 60
 
 if TYPE_CHECKING:
     import argparse
@@ -85,22 +87,24 @@ def _findings(config: Config, domains: Sequence[Inventory]) -> Iterator[str]:
 def _print_resolved(config: Config, words: Sequence[str], domains: Sequence[Inventory] | None, *, as_json: bool) -> int:
     """Print what applies to each domain that is named; or to all of libvirt's; or, without libvirt, to each entry."""
     answers = [_resolve(config, *subject) for subject in _subjects(config, words, domains)]
+    unclear = any(answer["coverage"] not in {Coverage.PROTECTED, Coverage.UNPROTECTED_ON_PURPOSE} for answer in answers)
     if as_json:
         print(json.dumps(answers, indent=2))
-        return 0
+        return 1 if unclear else 0
+    if words and domains is None and any(map(is_uuid, config.selectors)):
+        print("Without --connect nobody knows which domains the UUIDs among the entries are.\n")
     for answer in answers:
         print(f"{answer['domain']}: {answer['coverage']}")
         for entry, place in answer["entries"].items():
             print(f"  by {place}: {entry}")
         for policy, settings in answer["policies"].items():
-            print()
-            rows = [
-                {"policy": policy, "key": key, "value": to_yaml(setting["value"]), "from": setting["from"]}
-                for key, setting in settings.items()
-            ]
-            print_table(rows)
+            print(f"  {policy}:")
+            lines = {f"    {key}: {to_yaml(setting['value'])}": setting["from"] for key, setting in settings.items()}
+            width = min(max(map(len, lines)), _WIDEST)
+            for line, place in lines.items():
+                print(f"{line:{width}}  # {place}")
         print()
-    return 0
+    return 1 if unclear else 0
 
 
 def _resolve(config: Config, domain: str, coverage: str, entries: tuple[str, ...]) -> dict[str, Any]:
@@ -126,7 +130,7 @@ def _subjects(
         return
     known = list(domains or ())
     # Without libvirt nobody knows the UUID to a name, nor the name to a UUID.
-    wanted = [next((d for d in known if word in {d.name, d.uuid}), Inventory(word.lower(), word)) for word in words]
+    wanted = [Inventory(word.lower(), word) if domains is None else find_domain(known, word) for word in words]
     for assignment in assign(config.selectors, wanted or known):
         yield assignment.domain_name, _explain(assignment), assignment.patterns
 

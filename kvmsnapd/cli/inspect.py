@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import json
-import sys
+import os
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from kvmsnapd.cli.render import print_table
-from kvmsnapd.config import load_config, service_directory
+from kvmsnapd.config import fingerprint, load_config, load_contents, service_directory
 from kvmsnapd.daemon import read_clock
 from kvmsnapd.disks import data_folders
 from kvmsnapd.durations import format_duration, rough_duration
 from kvmsnapd.errors import ConfigError, DomainNotFoundError
 from kvmsnapd.fleet import explain_unprotected, plan_next, survey
 from kvmsnapd.libvirt_host import LibvirtHost
-from kvmsnapd.live_config import read_note
+from kvmsnapd.live_config import contents_of, read_note
 from kvmsnapd.plan import judge
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from datetime import datetime
     from pathlib import Path
 
@@ -40,36 +40,53 @@ class _Sight:
     domains: tuple[Inventory, ...]
     pairs: tuple[Pair, ...]
     now: datetime
-    daemon: dict[str, Any] | None
-    """What a running daemon has noted of its configuration."""
+    said: list[str]
+    """What is to be said of the configuration that it goes by."""
 
 
-def _look(arguments: argparse.Namespace) -> _Sight:
-    config = _load(arguments.config)
+def _look(arguments: argparse.Namespace, *, as_daemon: bool = False) -> _Sight:
+    """Look at all domains by the configuration of the files, or by that which a running daemon goes by."""
+    config, said = _config_in_force(arguments.config) if as_daemon else (load_config(arguments.config), [])
     host = LibvirtHost(arguments.connect or config.settings.connect)
     now = read_clock()
     fleet = survey(config.expected_policies, config.selectors, host.inventory(), now=now)
-    wanted = {_find(fleet, word).uuid for word in arguments.domains} or {d.uuid for d in fleet.domains}
+    wanted = {find_domain(fleet.domains, word).uuid for word in arguments.domains} or {d.uuid for d in fleet.domains}
     domains = tuple(domain for domain in fleet.domains if domain.uuid in wanted)
     pairs = tuple(pair for pair in fleet.pairs if pair.name.domain_uuid in wanted)
-    return _Sight(host, fleet, domains, pairs, now, read_note(arguments.config, config.runtime_directory))
+    return _Sight(host, fleet, domains, pairs, now, said)
 
 
-def _load(path: Path) -> Config:
+def _config_in_force(path: Path) -> tuple[Config, list[str]]:
+    """Return the configuration of the running daemon and what is to be said of it; without one that of the files."""
+    config: Config | None = None
     try:
-        return load_config(path)
+        config = load_config(path)
     except ConfigError:
         note = read_note(path, service_directory("RUNTIME_DIRECTORY"))
-        if note:
-            print(f"The daemon goes on with the configuration that it read at {note['loaded_at']}.", file=sys.stderr)
-        raise
+        if note is None:
+            raise
+    else:
+        note = read_note(path, config.runtime_directory)
+        if note is None:
+            return config, []
+    said = []
+    if note["rejected"]:
+        said = [f"The daemon refused an edit, and goes on with what it read at {note['loaded_at']}:", *note["rejected"]]
+    elif config is None or fingerprint(config.contents) != fingerprint(contents_of(note)):
+        said = [f"The files were edited since the daemon read them at {note['loaded_at']}; it is to be reloaded."]
+    for name in [name for name in os.environ if name.upper().startswith("KVMSNAPD_")]:
+        del os.environ[name]
+    os.environ.update(note["environment"])
+    return load_contents(contents_of(note)), said
 
 
-def _find(fleet: Fleet, word: str) -> Inventory:
-    for domain in fleet.domains:
-        if word in {domain.name, domain.uuid}:
+def find_domain(domains: Iterable[Inventory], word: str) -> Inventory:
+    """Return the domain of this name or UUID; raise DomainNotFoundError, which names the nearest one, if none is."""
+    known = list(domains)
+    for domain in known:
+        if word == domain.name or word.lower() == domain.uuid:
             return domain
-    close = get_close_matches(word, [domain.name for domain in fleet.domains], n=1)
+    close = get_close_matches(word, [domain.name for domain in known], n=1)
     hint = f"; did you mean {close[0]!r}?" if close else "; `kvmsnapd status` lists all"
     msg = f"libvirt has no domain {word!r}{hint}"
     raise DomainNotFoundError(msg, operation="lookup", domain=word)
@@ -77,7 +94,7 @@ def _find(fleet: Fleet, word: str) -> Inventory:
 
 def show_status(arguments: argparse.Namespace) -> int:
     """Print one line per (domain, policy), the worst first, then what no policy protects or prunes."""
-    sight = _look(arguments)
+    sight = _look(arguments, as_daemon=True)
     fleet = sight.fleet
     pairs = sorted(sight.pairs, key=lambda pair: (-_badness(pair, sight.now), pair.name.domain, pair.name.policy))
     unprotected = [a for a in fleet.unprotected() if a.domain_uuid in {d.uuid for d in sight.domains}]
@@ -88,14 +105,13 @@ def show_status(arguments: argparse.Namespace) -> int:
             "unprotected": [assignment.domain_name for assignment in unprotected],
             "missing": list(fleet.missing_domains),
             "unmanaged": unmanaged,
-            "daemon": sight.daemon,
+            "configuration": sight.said,
         }
         print(json.dumps(answer, indent=2))
         return 0
     print_table([_status_row(pair, sight.now) for pair in pairs])
-    if sight.daemon and sight.daemon["rejected"]:
-        print(f"the daemon refused an edit, and goes on with what it read at {sight.daemon['loaded_at']}:")
-        print("\n".join(sight.daemon["rejected"]))
+    for line in sight.said:
+        print(line)
     for assignment in unprotected:
         print(f"{assignment.domain_name}: {explain_unprotected(assignment)}")
     for name, count in unmanaged.items():

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import signal
 import sys
 from typing import TYPE_CHECKING
-
-from kvmsnapd.daemon import Daemon
 
 if TYPE_CHECKING:
     import argparse
@@ -15,6 +14,10 @@ if TYPE_CHECKING:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the daemon in the foreground until it is told to stop."""
+    # A reload may be asked for at once; while the daemon's modules are read that would end us.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    from kvmsnapd.daemon import Daemon  # noqa: PLC0415
+
     faulthandler.enable()  # a watchdog's SIGABRT shows where every thread was
     code = Daemon(arguments.config, connect=arguments.connect).run()
     if code:

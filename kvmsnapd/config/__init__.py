@@ -1,6 +1,16 @@
 """The configuration files: YAML with positions, pydantic models, and the core's policies made of them."""
 
-from kvmsnapd.config.files import fingerprint
-from kvmsnapd.config.load import Config, Setting, load_config, service_directory
+from kvmsnapd.config.files import fingerprint, read_contents
+from kvmsnapd.config.load import Config, Setting, load_config, load_contents, service_directory
+from kvmsnapd.config.models import NEEDS_RESTART
 
-__all__ = ["Config", "Setting", "fingerprint", "load_config", "service_directory"]
+__all__ = [
+    "NEEDS_RESTART",
+    "Config",
+    "Setting",
+    "fingerprint",
+    "load_config",
+    "load_contents",
+    "read_contents",
+    "service_directory",
+]

@@ -24,12 +24,30 @@ if TYPE_CHECKING:
     from pydantic_core import CoreSchema
 
 UTC_ZONE = ZoneInfo("UTC")
-SIZE_PATTERN = r"^[0-9]+(\.[0-9]+)? *([kmgtpKMGTP]i?)?[bB]?$"
+SIZE_PATTERN = r"^([0-9]+ *[bB]?|[0-9]+(\.[0-9]+)? *[kmgtpKMGTP]i?[bB]?)$"
+
+
+_SWITCHES: dict[bool | str, bool] = {
+    **dict.fromkeys((True, "true", "yes", "on"), True),
+    **dict.fromkeys((False, "false", "no", "off"), False),
+}
+_LONGEST_SHOWN = 60
+_MOST_COMPARED = 1000
+
+
+def shown(value: object) -> str:
+    """Return what was written, in quotes if it is text, cut if it is long."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    text = repr(value if not isinstance(value, str) else value[: 2 * _LONGEST_SHOWN])
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}…"
 
 
 def suggest(word: str, known: list[str]) -> str:
     """Return the end of a sentence: the nearest known word, if there is one."""
-    close = get_close_matches(word, known, n=1)
+    if len(word) > _LONGEST_SHOWN or len(known) > _MOST_COMPARED:  # comparing takes its time
+        return "."
+    close = get_close_matches(word, known, n=1) or get_close_matches(word.lower(), known, n=1)
     return f"; did you mean `{close[0]}`?" if close else "."
 
 
@@ -96,7 +114,7 @@ def _timezone(value: Any) -> Any:  # noqa: ANN401
         return ZoneInfo(value)
     except (KeyError, ValueError, OSError) as error:
         near = suggest(value, sorted(available_timezones()))
-        msg = f"{value!r} is no time zone this host knows{near} Write a name such as Europe/Berlin or UTC"
+        msg = f"{shown(value)} is no time zone this host knows{near} Write a name such as Europe/Berlin or UTC"
         raise InvalidValueError(msg) from error
 
 
@@ -104,14 +122,31 @@ def _schedule(value: Any) -> Any:  # noqa: ANN401
     if isinstance(value, bool) or not isinstance(value, (str, int)):
         msg = 'write a schedule, such as hourly, "every 15m" or "7 * * * *"'
         raise InvalidValueError(msg)
-    return parse_schedule(str(value), UTC_ZONE).text  # in the policy's own zone once that is known
+    try:
+        return parse_schedule(str(value), UTC_ZONE).text  # in the policy's own zone once that is known
+    except InvalidValueError as error:
+        near = suggest(str(value), list(ALIASES)).rstrip(".")
+        msg = f"{error}{near}"
+        raise InvalidValueError(msg) from error
 
 
-def _not_bool(value: Any) -> Any:  # noqa: ANN401
-    if isinstance(value, bool):
-        msg = "write a whole number"
-        raise InvalidValueError(msg)
-    return value
+def _number(value: Any) -> Any:  # noqa: ANN401
+    # python would also read 010, 1_000 and 2.0, which other programs read as something else.
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if isinstance(value, str) and re.fullmatch(r"-?(0|[1-9][0-9]{0,17})", value):
+        return int(value)
+    hint = " without 0 in front" if isinstance(value, str) and re.fullmatch(r"0[0-9]+", value) else ""
+    msg = f"write a whole number{hint}, not {shown(value)}" if value is not None else "write a whole number"
+    raise InvalidValueError(msg)
+
+
+def _flag(value: Any) -> Any:  # noqa: ANN401
+    word = value.lower() if isinstance(value, str) else value
+    if isinstance(word, (bool, str)) and word in _SWITCHES:
+        return _SWITCHES[word]
+    msg = f"write true or false, not {shown(value)}" if value is not None else "write true or false"
+    raise InvalidValueError(msg)
 
 
 def _size(value: Any) -> Any:  # noqa: ANN401
@@ -135,6 +170,9 @@ def _absolute(value: str) -> str:
 
 
 def _no_secret(value: str) -> str:
+    if not value:
+        msg = "write a URI of libvirt, such as qemu:///system"
+        raise InvalidValueError(msg)
     if re.match(r"[^/]*://[^/@]*:[^/@]*@", value):
         msg = "a password does not belong into a file that others may read; libvirt takes it from its auth.conf"
         raise InvalidValueError(msg)
@@ -147,8 +185,11 @@ Duration = Annotated[
     PlainSerializer(format_duration),
     WithJsonSchema({"type": "string", "pattern": DURATION_PATTERN}),
 ]
-PositiveDuration = Annotated[Duration, AfterValidator(_positive)]
-Within = Annotated[Duration, BeforeValidator(_within)]
+_NOT_ZERO = DURATION_PATTERN.replace("^", "^(?=.*[1-9])")
+PositiveDuration = Annotated[
+    Duration, AfterValidator(_positive), WithJsonSchema({"type": "string", "pattern": _NOT_ZERO})
+]
+Within = Annotated[Duration, BeforeValidator(_within), WithJsonSchema({"type": "string", "pattern": _NOT_ZERO})]
 Count = Annotated[
     int,
     BeforeValidator(_count),
@@ -162,8 +203,12 @@ Size = Annotated[
     PlainSerializer(_format_size),
     WithJsonSchema({"anyOf": [{"type": "string", "pattern": SIZE_PATTERN}, {"type": "integer", "minimum": 0}]}),
 ]
-NOT_BOOL = BeforeValidator(_not_bool)  # after any limits, or the schema loses them
-Flag = Annotated[bool, WithJsonSchema({"anyOf": [{"type": "boolean"}, {"enum": ["on", "off", "yes", "no"]}]})]
+NUMBER = BeforeValidator(_number)  # to be given after any limits, or the schema loses them
+Flag = Annotated[
+    bool,
+    BeforeValidator(_flag),
+    WithJsonSchema({"anyOf": [{"type": "boolean"}, {"enum": ["on", "off", "yes", "no"]}]}),
+]
 AbsolutePath = Annotated[str, AfterValidator(_absolute), WithJsonSchema({"type": "string", "pattern": "^/"})]
 Uri = Annotated[str, AfterValidator(_no_secret)]
 ScheduleText = Annotated[
@@ -184,4 +229,6 @@ ScheduleText = Annotated[
 PolicyName = Annotated[
     str, AfterValidator(check_policy_name), WithJsonSchema({"type": "string", "pattern": POLICY_NAME_PATTERN})
 ]
-Selector = Annotated[str, AfterValidator(check_selector), WithJsonSchema({"type": "string", "minLength": 1})]
+Selector = Annotated[
+    str, AfterValidator(check_selector), WithJsonSchema({"type": "string", "minLength": 1, "pattern": "^(/.+/|[^/]+)$"})
+]

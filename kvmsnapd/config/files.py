@@ -12,17 +12,17 @@ from kvmsnapd.config.yaml_document import MOST_NODES, Document, parse_yaml
 from kvmsnapd.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
     from pathlib import Path
 
     from kvmsnapd.config.yaml_document import Location
 
-PREFIX = "KVMSNAPD_"
-"""Of the environment variables that override the files."""
-
 _MOST_BYTES = 4 * 2**20
+_MOST_FILES = 1000
 _MERGED = ("policies", "domains", "defaults", "metrics", "log")
 """Sections of which each file may give some entries."""
+
+Contents = list[tuple["Path", bytes]]
+"""The files of a configuration, the main one first, with what is in them."""
 
 
 @dataclass
@@ -32,31 +32,24 @@ class Sources:
     documents: list[Document]
     data: dict[str, Any] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    fingerprint: str = ""
+    whole: bool = True
+    """Whether all files could be understood."""
     _holders: dict[Location, Document] = field(default_factory=dict)
 
     def problem(self, location: Location, message: str, *, of_key: bool = False) -> Problem:
-        """Return a problem of the key at this location, at the place where its value was given."""
-        variable = variable_of(location)
-        if variable:
-            return Problem(message, f"environment {variable}")
+        """Return a problem of the key at this location, where it was given."""
         document = self._holder(location)
         return document.problem(document.span(location, of_key=of_key), message, location)
 
     def place(self, location: Location) -> str:
-        """Return ``file:line:column`` of a key, or the environment variable that gave it."""
-        variable = variable_of(location)
-        if variable:
-            return f"environment {variable}"
+        """Return ``file:line:column`` of a key."""
         document = self._holder(location)
         span = document.span(location, of_key=True)
         return f"{document.path}:{span.line}:{span.column}"
 
-    def in_order(self, problems: Iterable[Problem]) -> list[Problem]:
-        """Return the problems sorted by place: those of the environment first, then file by file; each once."""
-        rank = {document.path: index for index, document in enumerate(self.documents)}
-        return sorted(dict.fromkeys(problems), key=lambda p: (rank.get(p.file, -1), p.line, p.column, p.message))
+    def has(self, location: Location) -> bool:
+        """Tell whether some file gives this key."""
+        return location in self._holder(location).keys
 
     def add(self, document: Document) -> None:
         """Take in one more file; what an earlier one has said already becomes a problem that names both places."""
@@ -90,87 +83,103 @@ class Sources:
         self.problems.append(document.problem(document.span(location, of_key=True), message, location))
 
 
-def read_files(path: Path) -> Sources:
-    """Read the main file and those of ``conf.d``, in the order of their names.
+def read_contents(path: Path) -> tuple[Contents, list[str]]:
+    """Read the main file and those of ``conf.d`` beside it, in the order of their names; and warnings.
 
     Raises:
-        ConfigError: one cannot be read or is no YAML; problems of all files.
+        ConfigError: one cannot be read, or somebody else could write into it; problems of all files.
     """
-    sources = Sources([])
+    contents: Contents = []
     problems: list[Problem] = []
-    contents: list[tuple[Path, bytes]] = []
-    nodes = 0
-    parts, sources.warnings = _list_parts(path)
+    parts, warnings = _list_parts(path)
+    left = _MOST_BYTES
     for file in (path, *parts):
         try:
-            contents.append((file, _read(file)))
-            document = parse_yaml(str(file), _decode(*contents[-1]))
+            contents.append((file, _read(file, path, left)))
         except ConfigError as error:
             problems += error.problems
+        else:
+            left -= len(contents[-1][1])
+    if problems:
+        raise ConfigError(problems)
+    return contents, warnings
+
+
+def parse_contents(contents: Contents) -> Sources:
+    """Return what the files say together; those that are no YAML are left out, with a problem each."""
+    sources = Sources([Document(str(contents[0][0]), [])])
+    nodes = 0
+    for file, content in contents:
+        try:
+            document = parse_yaml(str(file), _decode(file, content))
+        except ConfigError as error:
+            sources.problems += error.problems
+            sources.whole = False
             continue
         nodes += len(document.values)
         if nodes > MOST_NODES:
             raise ConfigError([Problem(f"the files up to this one have more than {MOST_NODES} values", str(file))])
+        if file == contents[0][0]:
+            sources.documents.clear()
         sources.documents.append(document)
         sources.add(document)
-    if problems:
-        raise ConfigError(problems + sources.problems)
-    sources.fingerprint = _digest(contents)
     return sources
 
 
-def fingerprint(path: Path) -> str:
-    """Return what changes when, and only when, what is in the files changes; unreadable ones count as such."""
-    try:
-        return _digest((file, _read(file)) for file in (path, *_list_parts(path)[0]))
-    except ConfigError as error:
-        return f"unreadable: {error}"
-
-
-def _digest(contents: Iterable[tuple[Path, bytes]]) -> str:
+def fingerprint(contents: Contents) -> str:
+    """Return what changes when, and only when, what is in the files changes."""
     digest = hashlib.sha256()
     for file, content in contents:
         digest.update(f"{file}\0{len(content)}\0".encode(errors="surrogateescape") + content)
     return digest.hexdigest()
 
 
-def variable_of(location: Location) -> str | None:
-    """Return the environment variable that set this key or a section around it, None if a file did."""
-    given = {name.upper(): name for name in os.environ}
-    for end in range(len(location), 0, -1):
-        name = given.get(PREFIX + "__".join(map(str, location[:end])).upper())
-        if name:
-            return name
-    return None
-
-
 def _list_parts(path: Path) -> tuple[list[Path], list[str]]:
     """Return the files of ``conf.d``, sorted, and warnings of those that look as if they were meant to be."""
     folder = path.parent / "conf.d"
     try:
+        _check_owner(folder.stat(), folder, path)
         names = sorted(entry.name for entry in folder.iterdir())
     except FileNotFoundError:
+        if folder.is_symlink():  # to what is not mounted, say; its domains must not be lost without a word
+            raise ConfigError([Problem("leads to nothing; nothing was changed", str(folder))]) from None
         return [], []
     except OSError as error:
         raise ConfigError([Problem(f"cannot be read: {error.strerror}; nothing was changed", str(folder))]) from error
     # What editors (.#a.yaml, a.yaml~) and packages (a.yaml.dpkg-new, a.yaml.rpmsave) leave behind is passed over.
-    visible = [name for name in names if not name.startswith(".")]
-    warnings = [f"{folder / n}: is not read; files of conf.d end in .yaml" for n in visible if n.endswith(".yml")]
-    return [folder / name for name in visible if name.endswith(".yaml")], warnings
+    visible = [name for name in names if not name.startswith((".", "#"))]
+    parts = [folder / name for name in visible if name.endswith(".yaml")]
+    if len(parts) > _MOST_FILES:
+        raise ConfigError([Problem(f"has more than {_MOST_FILES} files; nothing was changed", str(folder))])
+    missed = [name for name in visible if name.lower().endswith((".yml", ".yaml")) and not name.endswith(".yaml")]
+    return parts, [str(Problem("is not read; files of conf.d end in .yaml", str(folder / name))) for name in missed]
 
 
-def _read(path: Path) -> bytes:
+def _check_owner(status: os.stat_result, file: Path, main: Path) -> None:
+    """Refuse what other users can change: hooks run with our rights."""
+    trusted = {0, os.geteuid(), main.stat().st_uid}
+    if status.st_mode & stat.S_IWOTH:
+        raise ConfigError([Problem("can be written to by everybody; `chmod o-w` it; nothing was changed", str(file))])
+    if status.st_uid not in trusted:
+        who = f"belongs to user {status.st_uid}, not to root or the owner of {main}"
+        raise ConfigError([Problem(f"{who}; nothing was changed", str(file))])
+
+
+def _read(path: Path, main: Path, most: int) -> bytes:
     try:
         # Without O_NONBLOCK a pipe that nobody writes into would hold us up for ever.
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
                 raise ConfigError([Problem("cannot be read: it is no regular file; nothing was changed", str(path))])
-            content = file.read(_MOST_BYTES + 1)
+            _check_owner(status, path, main)
+            content = file.read(most + 1)
     except (OSError, ValueError) as error:
         why = (isinstance(error, OSError) and error.strerror) or error
         raise ConfigError([Problem(f"cannot be read: {why}; nothing was changed", str(path))]) from error
-    if len(content) > _MOST_BYTES:
-        raise ConfigError([Problem(f"the file is larger than {_MOST_BYTES} bytes", str(path), 1, 1)])
+    if len(content) > most:
+        message = f"the file is larger than {_MOST_BYTES} bytes, or makes all files larger than that"
+        raise ConfigError([Problem(message, str(path))])
     return content
 
 
@@ -178,6 +187,8 @@ def _decode(path: Path, content: bytes) -> str:
     try:
         return content.decode()
     except UnicodeDecodeError as error:
+        if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+            raise ConfigError([Problem("is UTF-16 text; save it as UTF-8", str(path), 1, 1)]) from error
         before = content[: error.start].decode()
         line = before.count("\n") + 1
         column = len(before) - before.rfind("\n")

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import os
-import re
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
-from pydantic_settings import SettingsError
 
-from kvmsnapd.config.files import PREFIX, Sources, read_files
+from kvmsnapd.config.environment import Environment, read_environment
+from kvmsnapd.config.files import Contents, Sources, parse_contents, read_contents
 from kvmsnapd.config.models import Settings
-from kvmsnapd.config.problems import Complaint, complaint_of, unknown_key, unknown_policies, unknown_variables
+from kvmsnapd.config.problems import MOST_TOLD, Complaint, complaint_of, unknown_key, unknown_policies
 from kvmsnapd.config.resolve import Policies, resolve, resolve_keys
 from kvmsnapd.durations import format_duration
 from kvmsnapd.errors import ConfigError, Problem
@@ -46,6 +45,11 @@ _DEPTHS = {"defaults": 1, "policies": 2, "domains": 3}
 _STAND_INS = {"schedule": "hourly", "keep": {"last": 1}}
 """For what a policy needs and has wrong, so that nobody is told that it is missing."""
 
+_MOST_LOOKED_AT = 2000
+"""Of pydantic's complaints; a hostile file makes millions."""
+
+_NO_PREFIX = "no variable begins with this "
+
 
 @dataclass(frozen=True)
 class Config:
@@ -54,25 +58,26 @@ class Config:
     path: Path
     settings: Settings
     policies: dict[str, Policy]
-    """By name, as they are for domains whose entry overrides nothing."""
+    """By name, as they are for domains whose entry overrides nothing; without those that need an entry's keys."""
     selectors: dict[str, tuple[Policy, ...]]
-    only_extended: frozenset[str]
-    """Policies no domain is meant to have, since others extend them."""
     warnings: tuple[str, ...]
-    fingerprint: str
-    """Changes when the content of the files does: see :func:`kvmsnapd.config.files.fingerprint`."""
+    contents: Contents
+    """The files it was read from, the main one first, and what was in them."""
+    environment: Environment
     _sources: Sources
     _spelled: dict[str, str]
 
     @property
     def files(self) -> tuple[str, ...]:
         """The files it was read from, the main one first."""
-        return tuple(document.path for document in self._sources.documents)
+        return tuple(str(path) for path, _ in self.contents)
 
     @property
     def expected_policies(self) -> tuple[str, ...]:
-        """The policies that should apply to some domain."""
-        return tuple(name for name in self.policies if name not in self.only_extended)
+        """The policies that should apply to some domain: all but those that others extend and no entry names."""
+        named = {policy.name for policies in self.selectors.values() for policy in policies}
+        bases = {policy.extends for policy in self.settings.policies.values()}
+        return tuple(name for name in self.settings.policies if name in named or name not in bases)
 
     @property
     def all_policies(self) -> tuple[Policy, ...]:
@@ -83,16 +88,24 @@ class Config:
     @property
     def state_directory(self) -> Path:
         """Where notes that must survive a reboot are kept."""
-        return self.settings.state_directory or service_directory("STATE_DIRECTORY")
+        return (
+            Path(self.settings.state_directory)
+            if self.settings.state_directory
+            else service_directory("STATE_DIRECTORY")
+        )
 
     @property
     def runtime_directory(self) -> Path:
         """Where the lock files are."""
-        return self.settings.runtime_directory or service_directory("RUNTIME_DIRECTORY")
+        return (
+            Path(self.settings.runtime_directory)
+            if self.settings.runtime_directory
+            else service_directory("RUNTIME_DIRECTORY")
+        )
 
     def place_of(self, selector: str) -> str:
         """Return ``file:line:column`` of an entry under ``domains``."""
-        return self._sources.place(("domains", self._spelled[selector]))
+        return self._place(("domains", self._spelled[selector]))
 
     def explain(self, selector: str, policy: str) -> list[Setting]:
         """Return every key of a policy as it applies to a selector's domains, and where its value comes from."""
@@ -100,18 +113,27 @@ class Config:
         applied = next(p for p in self.selectors[selector] if p.name == policy)
         values = resolved.keys.model_dump(mode="json", exclude_none=True)
         # What is computed if nobody gives it; a null that is given asks for that as well.
-        computed = {"splay": format_duration(applied.splay), "max_age": format_duration(applied.max_age)}
+        computed = {
+            "splay": (format_duration(applied.splay), "from the schedule"),
+            "max_age": (format_duration(applied.max_age), "from the schedule"),
+            "timezone": (str(applied.timezone), self._place(("timezone",))),
+            "consistency": (str(applied.consistency), "default"),
+        }
         settings = []
         for key in type(resolved.keys).model_fields:
-            origin = resolved.origins.get(key)
-            if key == "timezone" and key not in values:
-                origin = ("timezone",) if "timezone" in self.settings.model_fields_set else None
-            place = self._sources.place(origin) if origin else "default"
-            if key in computed and key not in values:
-                place = "from the schedule"
-            value = values.get(key, computed.get(key, str(applied.timezone) if key == "timezone" else None))
+            place = self._place(resolved.origins[key]) if key in resolved.origins else "default"
+            value = values.get(key)
+            if key in computed and value is None:
+                value, source = computed[key]
+                place = f"{source} (null in {place})" if key in resolved.origins else source
             settings.append(Setting(key, value, place))
         return settings
+
+    def _place(self, location: Location) -> str:
+        variable = self.environment.variable_of(location)
+        if variable:
+            return f"environment {variable}"
+        return self._sources.place(location) if self._sources.has(location) else "default"
 
 
 def service_directory(variable: str) -> Path:
@@ -126,73 +148,107 @@ def load_config(path: Path) -> Config:
     Raises:
         ConfigError: with every problem found, in the order of the files; nothing is in force then.
     """
-    sources = read_files(path)
-    data = {key: value for key, value in sources.data.items() if not key.startswith("_")}
-    hidden = sources.data.keys() - data.keys()  # pydantic-settings has options of such names
-    complaints = [Complaint((key,), unknown_key(key, ()), of_key=True) for key in hidden]
-    complaints += unknown_variables() + unknown_policies(data)
-    wrong: list[Location] = []
-    settings: Settings | None = None
-    try:
-        settings = _validate(data)
-    except ValidationError as error:
-        found = [complaint_of(details) for details in error.errors()]
-        complaints += found
-        wrong = [complaint.location for complaint in found]
-        settings = _validate_rest(data, wrong)
-    policies = resolve(settings) if settings else Policies()
-    complaints += [c for c in policies.complaints if not any(_overlap(c.location, other) for other in wrong)]
-    problems = sources.problems + [sources.problem(c.location, c.message, of_key=c.of_key) for c in complaints]
+    return load_contents(*read_contents(path))
+
+
+def load_contents(contents: Contents, warnings: Iterable[str] = ()) -> Config:
+    """Make a configuration of files that were read already, and of the environment; raise ConfigError if it is none."""
+    sources, environment = parse_contents(contents), read_environment()
+    # pydantic-settings does not mind capitals, and has options that begin with an underscore.
+    data = {key: value for key, value in sources.data.items() if key in Settings.model_fields}
+    complaints = [Complaint((key,), unknown_key(key, ()), of_key=True) for key in sources.data if key not in data]
+    problems = [*environment.problems, *sources.problems]
+    policies = Policies()
+    if sources.whole and not sources.data:
+        message = "says nothing at all; for a host on which nothing is to be protected write `domains: {}`"
+        problems.append(Problem(message, str(contents[0][0])))
+    settings, wrong = _validate(data, use_environment=not environment.problems)
+    if settings is None:
+        settings, _ = _validate(_without(data, wrong), use_environment=False)
+    if sources.whole:  # else names may be missing that the rest of a file has
+        unknown = unknown_policies(data)
+        beyond = {c.location for c in unknown}
+        complaints += [*unknown, *(c for c in wrong if c.location[:3] not in beyond)]
+        policies = resolve(settings) if settings else policies
+        doomed = [_policy_key(complaint.location) for complaint in (*wrong, *unknown)]
+        complaints += [c for c in policies.complaints if not _follows(c, doomed)]
+    else:
+        complaints += wrong
+    problems += [_place(complaint, sources, environment) for complaint in complaints]
     if settings is None or problems:
-        raise ConfigError(sources.in_order(problems))
-    warnings = (*sources.warnings, *_chain_warnings(sources, policies))
+        raise ConfigError(_in_order(problems, sources))
     return Config(
-        path,
-        settings,
-        policies.by_name,
-        policies.selectors,
-        policies.only_extended,
-        warnings,
-        sources.fingerprint,
-        sources,
-        policies.spelled,
+        path=contents[0][0],
+        settings=settings,
+        policies=policies.by_name,
+        selectors=policies.selectors,
+        warnings=(*warnings, *_chain_warnings(sources, policies)),
+        contents=contents,
+        environment=environment,
+        _sources=sources,
+        _spelled=policies.spelled,
     )
 
 
-def _validate(data: dict[str, Any]) -> Settings:
+def _validate(data: dict[str, Any], *, use_environment: bool) -> tuple[Settings | None, list[Complaint]]:
     try:
-        return Settings(**data)
-    except SettingsError as error:  # a variable that should hold JSON does not
-        field = re.search(r'field "(\w+)"', str(error))
-        name = f"{PREFIX}{field[1].upper()}" if field else PREFIX
-        raise ConfigError([Problem(f"is no JSON; set single keys, as {name}__KEY", f"environment {name}")]) from error
+        options: dict[str, Any] = {} if use_environment else {"_env_prefix": _NO_PREFIX}
+        return Settings(**options, **data), []
+    except ValidationError as error:
+        return None, [complaint_of(details) for details in error.errors(include_url=False)[:_MOST_LOOKED_AT]]
 
 
-def _validate_rest(data: dict[str, Any], wrong: Iterable[Location]) -> Settings | None:
-    """Validate what is left without the keys that are wrong, so that problems between the others are told as well."""
+def _without(data: dict[str, Any], wrong: Iterable[Complaint]) -> dict[str, Any]:
+    """Return the data without the keys that are wrong, so that problems between the others are told as well."""
     rest = deepcopy(data)
-    for location in wrong:
+    for complaint in wrong:
+        location = _policy_key(complaint.location)
         holder: Any = rest
-        depth = _DEPTHS.get(str(location[0]), 0)
-        for index, part in enumerate(location):
-            if not isinstance(holder, dict) or part not in holder:
-                break
-            if index == depth and part in _STAND_INS:
-                holder[part] = _STAND_INS[part]
-                break
-            if index + 1 == len(location) or not isinstance(holder[part], dict):
-                del holder[part]
-                break
-            holder = holder[part]
-    try:
-        return Settings(**rest)
-    except ValidationError:  # the environment's
-        return None
+        for part in location[:-1]:
+            holder = holder.get(part) if isinstance(holder, dict) else None
+        if isinstance(holder, list) and isinstance(location[-1], int):  # of a domain; others of it may be right
+            holder[location[-1]] = "0"
+        elif isinstance(holder, dict) and location[-1] in _STAND_INS:
+            holder[location[-1]] = _STAND_INS[str(location[-1])]
+        elif isinstance(holder, dict):
+            holder.pop(location[-1], None)
+    return rest
 
 
-def _overlap(location: Location, other: Location) -> bool:
-    shorter = min(len(location), len(other))
-    return location[:shorter] == other[:shorter]
+def _policy_key(location: Location) -> Location:
+    """Return the path of the policy's key in which this one is, or of the whole section elsewhere."""
+    return location[: _DEPTHS.get(str(location[0]), 0) + 1]
+
+
+def _follows(complaint: Complaint, doomed: Iterable[Location]) -> bool:
+    """Tell whether a complaint may only follow from what is wrong itself."""
+    location, inputs = complaint.location, complaint.inputs
+    return any(
+        location[: len(other)] == other or any(key[: len(other)] == other[: len(key)] for key in inputs)
+        for other in doomed
+    )
+
+
+def _place(complaint: Complaint, sources: Sources, environment: Environment) -> Problem:
+    variable = environment.variable_of(complaint.location)
+    if variable:
+        return Problem(complaint.message, f"environment {variable}")
+    message = complaint.message
+    if complaint.first:
+        message += f", first in {sources.place(complaint.first)}; keep one of them"
+    return sources.problem(complaint.location, message, of_key=complaint.of_key)
+
+
+def _in_order(problems: Iterable[Problem], sources: Sources) -> list[Problem]:
+    """Return the problems sorted by place: those of the environment first, then file by file; each once."""
+    rank = {document.path: index for index, document in enumerate(sources.documents)}
+    # What an alias repeats is told once, by the path that comes first.
+    once = {(p.file, p.line, p.column, p.message): p for p in reversed(list(problems))}.values()
+    ordered = sorted(once, key=lambda p: (rank.get(p.file, -1), p.line, p.column, p.message))
+    if len(ordered) > MOST_TOLD:
+        more = Problem(f"and {len(ordered) - MOST_TOLD} more problems", sources.documents[0].path)
+        return [*ordered[:MOST_TOLD], more]
+    return ordered
 
 
 def _chain_warnings(sources: Sources, policies: Policies) -> Iterable[str]:

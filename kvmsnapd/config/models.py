@@ -7,7 +7,6 @@ and the JSON Schema are made from them.
 from __future__ import annotations
 
 from datetime import timedelta
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -22,7 +21,7 @@ from pydantic import (
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from kvmsnapd.config.fields import (
-    NOT_BOOL,
+    NUMBER,
     UTC_ZONE,
     AbsolutePath,
     Count,
@@ -42,8 +41,24 @@ from kvmsnapd.config.fields import (
 from kvmsnapd.policy import ConsistencyRule
 from kvmsnapd.retention import KeepRules
 
+NEEDS_RESTART = (
+    "connect",
+    "workers",
+    "takes_per_storage",
+    "merges_per_storage",
+    "metrics",
+    "state_directory",
+    "runtime_directory",
+)
+"""Settings that a reload does not change, which the log then says."""
+
 
 def _without_default(schema: dict[str, Any]) -> None:
+    del schema["default"]
+
+
+def _without_null(schema: dict[str, Any]) -> None:
+    schema["anyOf"].remove({"type": "null"})
     del schema["default"]
 
 
@@ -57,19 +72,19 @@ class KeepSettings(_Section):
 
     model_config = ConfigDict(json_schema_extra={"minProperties": 1})
 
-    last: Count | None = Field(default=None, examples=[2])
+    last: Count | None = Field(default=None, examples=[2], json_schema_extra=_without_null)
     """The newest snapshots, whatever their age."""
-    hourly: Count | None = Field(default=None, examples=[24])
+    hourly: Count | None = Field(default=None, examples=[24], json_schema_extra=_without_null)
     """The newest snapshot of each of this many hours that have one."""
-    daily: Count | None = Field(default=None, examples=[7])
+    daily: Count | None = Field(default=None, examples=[7], json_schema_extra=_without_null)
     """The newest snapshot of each of this many days that have one."""
-    weekly: Count | None = Field(default=None, examples=[4])
+    weekly: Count | None = Field(default=None, examples=[4], json_schema_extra=_without_null)
     """The newest snapshot of each of this many ISO weeks that have one."""
-    monthly: Count | None = Field(default=None, examples=["all"])
+    monthly: Count | None = Field(default=None, examples=["all"], json_schema_extra=_without_null)
     """The newest snapshot of each of this many months that have one."""
-    yearly: Count | None = Field(default=None, examples=[1])
+    yearly: Count | None = Field(default=None, examples=[1], json_schema_extra=_without_null)
     """The newest snapshot of each of this many years that have one."""
-    within: Within | None = Field(default=None, examples=["36h"])
+    within: Within | None = Field(default=None, examples=["36h"], json_schema_extra=_without_null)
     """All snapshots younger than this, measured from the newest one."""
 
     @model_validator(mode="after")
@@ -131,6 +146,7 @@ class PolicyKeys(_Section):
 
     The nearest place decides: the domain's entry, then the policy, then what it extends, then `defaults`, then the
     default below. A key given in a nearer place replaces the other one whole: `keep` is never mixed from two places.
+    Where a key may be `null`, that takes an inherited value back: its default applies.
     """
 
     schedule: ScheduleText = Field(default="", examples=["hourly"], json_schema_extra=_without_default)
@@ -141,7 +157,9 @@ class PolicyKeys(_Section):
         examples=[{"last": 2, "hourly": 6, "daily": 5, "weekly": 3}],
     )
     """The keep rules. A snapshot that no rule claims is deleted after the next successful one."""
-    consistency: ConsistencyRule = ConsistencyRule.FILESYSTEM_PREFERRED
+    consistency: ConsistencyRule | None = Field(
+        default=None, json_schema_extra={"default": str(ConsistencyRule.FILESYSTEM_PREFERRED)}
+    )
     """What a snapshot of a running guest must be: filesystem (the guest agent freezes, or none is taken),
     filesystem-preferred (else crash-consistent, and said so), crash (the agent is never asked), or memory (with its
     RAM: needs memory: live, or kind: internal)."""
@@ -161,10 +179,10 @@ class PolicyKeys(_Section):
     max_age: PositiveDuration | None = Field(default=None, examples=["3h"])
     """Age of the newest snapshot that means trouble; by default twice the longest interval of the schedule, and the
     splay."""
-    max_deletes_per_run: Annotated[int, Field(ge=1), NOT_BOOL] = 10
+    max_deletes_per_run: Annotated[int, Field(ge=1), NUMBER] = 10
     """The fuse: a run that releases more than this at once, beyond what had to wait before, deletes nothing and reports
     it."""
-    max_chain_depth: Annotated[int, Field(ge=1, le=150), NOT_BOOL] = 16
+    max_chain_depth: Annotated[int, Field(ge=1, le=150), NUMBER] = 16
     """No external snapshot is taken when the backing chain is this deep, foreign overlays included."""
     min_free: Size = Field(default=ByteSize(1024**3), json_schema_extra={"default": "1GiB"})
     """No snapshot is taken when its storage has less free space than this; RAM to be saved comes on top."""
@@ -182,8 +200,7 @@ class PolicyKeys(_Section):
 class PolicySettings(PolicyKeys):
     """When snapshots are taken, of what quality, and how long they stay.
 
-    It needs `schedule` and `keep`, of its own or from what it extends or from `defaults`; one that is only extended by
-    others may leave them out.
+    It needs `schedule` and `keep`, of its own or from one of the other places.
     """
 
     extends: PolicyName | None = Field(default=None, examples=["basic"])
@@ -196,7 +213,8 @@ def _form(value: Any) -> str:  # noqa: ANN401
 
 Overrides = Annotated[PolicyKeys, OrEmpty()]
 DomainEntry = Annotated[
-    Annotated[list[PolicyName], Tag("list")] | Annotated[dict[PolicyName, Overrides], Tag("mapping")],
+    Annotated[list[PolicyName], Field(json_schema_extra={"uniqueItems": True}), Tag("list")]
+    | Annotated[dict[PolicyName, Overrides], Field(min_length=1), Tag("mapping")],
     Discriminator(_form),
 ]
 
@@ -208,7 +226,7 @@ class MetricsSettings(_Section):
     """Whether to serve metrics over HTTP."""
     listen: str = "127.0.0.1"
     """Address to listen on."""
-    port: Annotated[int, Field(ge=0, le=65535), NOT_BOOL] = 9783
+    port: Annotated[int, Field(ge=0, le=65535), NUMBER] = 9783
     """Port to listen on; 0 chooses a free one, which the log names."""
 
 
@@ -224,7 +242,8 @@ class LogSettings(_Section):
 class Settings(BaseSettings):
     """The whole configuration.
 
-    Environment variables `KVMSNAPD_…` override it: `KVMSNAPD_METRICS__PORT=9000`. No setting holds a secret.
+    Environment variables override single values: `KVMSNAPD_WATCH=true`, `KVMSNAPD_METRICS__PORT=9000`; sections,
+    policies and domains belong into files. No setting holds a secret.
     """
 
     model_config = SettingsConfigDict(
@@ -238,7 +257,7 @@ class Settings(BaseSettings):
 
     timezone: TimeZone = Field(default=UTC_ZONE, examples=["Europe/Berlin"])
     """Time zone of schedules and keep rules."""
-    policies: Annotated[dict[PolicyName, PolicySettings], OrEmpty()] = Field(
+    policies: Annotated[dict[PolicyName, Annotated[PolicySettings, OrEmpty()]], OrEmpty()] = Field(
         default_factory=dict,
         examples=[
             {
@@ -280,15 +299,15 @@ class Settings(BaseSettings):
         timedelta(seconds=30), json_schema_extra={"default": "30s"}
     )
     """How often all domains are looked at, whatever the schedules say."""
-    workers: Annotated[int, Field(ge=1, le=4), NOT_BOOL] = 4
+    workers: Annotated[int, Field(ge=1, le=4), NUMBER] = 4
     """How many domains are worked on at once."""
-    takes_per_storage: Annotated[int, Field(ge=1), NOT_BOOL] = 4
+    takes_per_storage: Annotated[int, Field(ge=1), NUMBER] = 4
     """How many snapshots are taken at once on one storage (a folder of images)."""
-    merges_per_storage: Annotated[int, Field(ge=1), NOT_BOOL] = 1
+    merges_per_storage: Annotated[int, Field(ge=1), NUMBER] = 1
     """How many merges of overlays, and saves of RAM, go on at once on one storage."""
-    state_directory: Path | None = Field(default=None, examples=["/var/lib/kvmsnapd"])
+    state_directory: AbsolutePath | None = Field(default=None, examples=["/var/lib/kvmsnapd"])
     """Where notes that must survive a reboot are kept; by default systemd's STATE_DIRECTORY or /var/lib/kvmsnapd."""
-    runtime_directory: Path | None = Field(default=None, examples=["/run/kvmsnapd"])
+    runtime_directory: AbsolutePath | None = Field(default=None, examples=["/run/kvmsnapd"])
     """Where the lock files are; by default systemd's RUNTIME_DIRECTORY or /run/kvmsnapd."""
 
     @classmethod

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 from pydantic import BaseModel
 
-from kvmsnapd.config.fields import suggest
-from kvmsnapd.config.files import PREFIX
-from kvmsnapd.config.models import PolicyKeys, PolicySettings, Settings
+from kvmsnapd.config.fields import shown, suggest
+from kvmsnapd.config.models import KeepSettings, PolicyKeys, PolicySettings, Settings
+from kvmsnapd.config.yaml_document import printable
 from kvmsnapd.errors import InvalidValueError
+from kvmsnapd.naming import is_policy_name
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -25,26 +25,36 @@ class Complaint(NamedTuple):
     message: str
     of_key: bool = False
     """Whether the key is wrong, and not its value."""
+    inputs: tuple[Location, ...] = ()
+    """The keys, or whole sections, it follows from, if it is of several."""
+    first: Location | None = None
+    """Where the same is said already."""
 
 
 _WORDS = {
-    "bool_parsing": "write true or false",
-    "bool_type": "write true or false",
-    "int_parsing": "write a whole number",
-    "int_type": "write a whole number",
-    "int_from_float": "write a whole number",
     "string_type": "write text, in quotes where it looks like something else",
     "model_type": "write `key: value` lines below it",
     "model_attributes_type": "write `key: value` lines below it",
     "dict_type": "write `key: value` lines below it",
     "list_type": "write a list, such as [one, two]",
+    "time_delta_type": "write a duration, such as 90s or 15m",
     "byte_size": "write a size, such as 500MiB or 10GiB",
     "byte_size_unit": "write a size, such as 500MiB or 10GiB",
     "too_short": "write the program and its arguments as a list, such as [/usr/local/bin/hook, now]",
-    "path_type": "write the path of a directory",
 }
 """What to do, by pydantic's word for what is wrong."""
 
+_DOMAIN_WORDS = {
+    "too_short": "write [] for a domain that is unprotected on purpose",
+    "string_type": "write the name of a policy; to override its keys write a mapping, without the dash or bracket",
+    "list_type": "write a list of policies, such as [standard]; [] means unprotected on purpose",
+}
+"""The same, for entries of ``domains``."""
+
+MOST_TOLD = 100
+"""Problems that are told at once; nobody reads more."""
+
+_MOST_LISTED = 20
 _FORMS = {"list", "mapping"}
 
 
@@ -53,9 +63,10 @@ def complaint_of(error: ErrorDetails) -> Complaint:
     location = error["loc"]
     if location[:1] == ("domains",) and len(location) > 2 and location[2] in _FORMS:  # noqa: PLR2004  # of an entry
         location = (*location[:2], *location[3:])
-    of_key = error["type"] == "extra_forbidden" or "[key]" in location
-    location = tuple(part for part in location if part != "[key]")
-    return Complaint(location, _describe(error, location), of_key)
+    unknown = error["type"] == "extra_forbidden"
+    of_name = not unknown and location[2:] == ("[key]",)  # a policy or domain may be called so as well
+    location = location[:2] if of_name else location
+    return Complaint(location, _describe(error, location), of_key=unknown or of_name)
 
 
 def _describe(error: ErrorDetails, location: Location) -> str:
@@ -69,17 +80,19 @@ def _describe(error: ErrorDetails, location: Location) -> str:
     if kind in {"literal_error", "enum"}:
         allowed = [word.strip("' ") for word in context["expected"].replace(" or ", ", ").split(",")]
         near = suggest(given, allowed).rstrip(".") if isinstance(given, str) else ""
-        words = f"write one of {', '.join(f'`{word}`' for word in allowed)}"
-        return f"{words}, not {given!r}{near}" if given is not None else f"{words}, not nothing"
-    if kind == "list_type" and location[0] == "domains":
-        words = "write a list of policies, such as [standard]; [] means unprotected on purpose"
-    elif kind in {"greater_than_equal", "less_than_equal"}:
+        return f"write one of {', '.join(f'`{word}`' for word in allowed)}, not {_told(given)}{near}"
+    words = _DOMAIN_WORDS.get(kind) if location[0] == "domains" else None
+    if kind in {"greater_than_equal", "less_than_equal"}:
         words = f"write a number {'from' if 'ge' in context else 'up to'} {context.get('ge', context.get('le'))}"
-    else:
-        words = _WORDS.get(kind, f"{error['msg'][:1].lower()}{error['msg'][1:]}")
-    if given is None:
-        return f"{words}, not nothing"
-    return f"{words}, not {given!r}" if isinstance(given, (str, int, float)) else words
+    words = words or _WORDS.get(kind, f"{error['msg'][:1].lower()}{error['msg'][1:]}")
+    return f"{words}, not {_told(given)}" if _told(given) and kind != "too_short" else words
+
+
+def _told(given: Any) -> str:  # noqa: ANN401
+    """Return what was written, in a word; nothing for a section."""
+    if given is None or isinstance(given, list):
+        return "nothing" if given is None else "a list"
+    return shown(given) if isinstance(given, (str, int, float)) else ""
 
 
 def unknown_key(key: str, section: Location) -> str:
@@ -88,29 +101,25 @@ def unknown_key(key: str, section: Location) -> str:
     near = suggest(key, names)
     if key == "<<":
         return "merge keys are not understood here; say `extends: POLICY` in a policy, or put it under `defaults`"
-    if near == "." and key in PolicySettings.model_fields and section[:1] != ("policies",):
+    if key == "extends":
+        near = "; it belongs to a policy under policies."
+    elif near == "." and key in KeepSettings.model_fields and "keep" in names:
+        near = "; it belongs below `keep`."
+    elif near == "." and key in PolicySettings.model_fields and section[:1] != ("policies",):
         near = "; it belongs to a policy, or under defaults."
     elif near == "." and key in Settings.model_fields:
         near = "; it belongs to the top of the file."
-    return f"unknown key `{key}`{near} Allowed are {', '.join(names)}"
-
-
-def unknown_variables() -> list[Complaint]:
-    """Return a complaint for each environment variable of our prefix that names no setting."""
-    found: list[Complaint] = []
-    for variable in sorted(os.environ):
-        if variable.upper().startswith(PREFIX):
-            name = variable[len(PREFIX) :].partition("__")[0].lower()
-            if name not in Settings.model_fields:
-                found.append(Complaint((name,), unknown_key(name, ())))
-    return found
+    return f"unknown key `{printable(key[:60])}`{near} Allowed are {', '.join(names)}"
 
 
 def unknown_policies(data: dict[str, Any]) -> list[Complaint]:
     """Return a complaint for each name of a policy that ``policies`` does not have; the data is not yet validated."""
     policies, domains = data.get("policies"), data.get("domains")
     known = list(policies) if isinstance(policies, dict) else []
-    spelled = f"Known are {', '.join(known)}" if known else "No policy is defined"
+    names = set(known)
+    spelled = f"Known are {', '.join(known[:_MOST_LISTED])}" if known else "No policy is defined"
+    if len(known) > _MOST_LISTED:
+        spelled += f" and {len(known) - _MOST_LISTED} more"
     named: list[tuple[Location, Any]] = []
     for name, policy in policies.items() if isinstance(policies, dict) else ():
         if isinstance(policy, dict):
@@ -120,14 +129,15 @@ def unknown_policies(data: dict[str, Any]) -> list[Complaint]:
             named += [(("domains", selector, name), name) for name in entry]
         elif isinstance(entry, list):
             named += [(("domains", selector, index), name) for index, name in enumerate(entry)]
+    # What cannot be a name is told as such.
+    unknown = [(at, name) for at, name in named if isinstance(name, str) and name not in names and is_policy_name(name)]
     return [
         Complaint(
             location,
-            f"unknown policy `{name}`{suggest(name, known)} {spelled}",
+            f"unknown policy `{printable(name[:60])}`{suggest(name, known if index < MOST_TOLD else [])} {spelled}",
             of_key=location[0] == "domains" and location[2] == name,
         )
-        for location, name in named
-        if isinstance(name, str) and name not in known
+        for index, (location, name) in enumerate(unknown)
     ]
 
 

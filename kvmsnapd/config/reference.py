@@ -11,6 +11,7 @@ from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from kvmsnapd.config.fields import SIZE_PATTERN
+from kvmsnapd.config.models import NEEDS_RESTART
 from kvmsnapd.config.schema import render_schema, settings_schema
 from kvmsnapd.config.yaml_document import to_yaml
 from kvmsnapd.durations import DURATION_PATTERN
@@ -31,21 +32,42 @@ start from, [examples](examples) has others. Check an edit with `kvmsnapd check-
 as a whole; the one before stays in force.
 
 Durations are a number with a unit, `s`, `m`, `h`, `d` or `w`, and may be combined: `90s`, `36h`, `1h30m`. Sizes are
-bytes, or have a unit: `500MiB`, `10GB`. Counts are whole numbers from 1, or `all`. `on`, `no` and `22:30` are text, as
-they look.
+bytes, or have a unit: `500MiB`, `10GB`. Counts are whole numbers from 1, or `all`. Numbers have no 0 in front. Switches
+are `true` or `false`, also `yes`, `no`, `on`, `off`; everywhere else these are text, and so is `22:30`.
+
+**What is the same everywhere** stands once. The nearest place that gives a key decides: the domain's entry, then its
+policy, then what that extends, then `defaults`. A key is taken whole: `keep` is never mixed from two places. `null`
+takes an inherited value back, where a key may be null.
+
+```yaml
+defaults:
+  min_free: 20GiB
+policies:
+  standard: {schedule: hourly, keep: {last: 2, hourly: 6, daily: 5}}
+  careful: {extends: standard, consistency: filesystem}
+domains:
+  "web-*": [standard]
+  db01: [careful]
+  db02:
+    careful: {schedule: daily, keep: {daily: 7}, consistency: null}   # filesystem-preferred again
+  "scratch-*": []                                                     # unprotected on purpose
+```
+
+`kvmsnapd check-config --resolved db02` prints what applies to a domain, and the file and line that each value came
+from. With `--connect qemu:///system` it also knows UUIDs, and without `--resolved` tells which entries fit no domain
+and which domains none. It ends with 1 if there is something to look at, and with 78 if the configuration is wrong.
 
 **Several files.** The files of `conf.d` beside the main file are read in the order of their names, and all files
 together are one configuration: `policies`, `domains`, `defaults`, `metrics` and `log` may be spread over them entry by
 entry. What is given twice is an error that names both places. Only names that end in `.yaml` and do not begin with a
-dot count, so what editors and packages leave behind does not matter.
-
-**What applies to a domain**, and the file and line that each value came from, is printed by
-`kvmsnapd check-config --resolved db01`.
+dot or `#` count, so what editors and packages leave behind does not matter; `.yml` is warned of. Since hooks run with
+the daemon's rights, files that everybody may write to, or that belong to another user, are refused.
 
 **Reload.** All files are read and checked before anything changes. The log then says which policies and domains
 changed (`config.loaded`, `config.domain_changed`), and how many more snapshots the new keep rules release;
 `max_deletes_per_run` holds them back if they are more. Runs that the edit does not touch keep their times.
-`watch: true` reloads by itself.
+`watch: true` reloads by itself, but never to a configuration without domains. These need a restart, which the log
+says: RESTART.
 
 **Editors** that know JSON Schema (VS Code, Neovim, Emacs with yaml-language-server) complete and check the file by
 [kvmsnapd.schema.json](kvmsnapd.schema.json), which `kvmsnapd schema` prints as well.
@@ -55,7 +77,7 @@ _DEFAULT_FILE = """\
 # yaml-language-server: $schema=./kvmsnapd.schema.json
 # kvmsnapd: which snapshots of which domains. Reference: config/README.md of the project.
 # After an edit: kvmsnapd check-config && kvmsnapd plan, then systemctl reload kvmsnapd.
-# Lines that begin with "#" right before a key are other settings, with their default or an example.
+# What is commented out as "#key: value" are all other settings, with their default or an example.
 """
 
 _POLICY = " " * 4
@@ -85,7 +107,8 @@ def render_reference() -> str:
         )
     }
     sections["defaults, and domains.DOMAIN.POLICY"] |= {"properties": {}}  # the same keys once more
-    return "\n".join([_INTRODUCTION, *(_section(title, section, schema) for title, section in sections.items())])
+    introduction = _INTRODUCTION.replace("RESTART", ", ".join(f"`{key}`" for key in NEEDS_RESTART))
+    return "\n".join([introduction, *(_section(title, section, schema) for title, section in sections.items())])
 
 
 def _section(title: str, section: dict[str, Any], schema: dict[str, Any]) -> str:
@@ -112,8 +135,8 @@ def _example(key: dict[str, Any]) -> str:
 
 def _value(key: dict[str, Any], schema: dict[str, Any]) -> str:
     """Return what may be written, in a few words, from the key's JSON Schema."""
-    if key.get("pattern") in _PATTERNS:
-        return _PATTERNS[key["pattern"]]
+    if "pattern" in key:
+        return next((word for pattern, word in _PATTERNS.items() if key["pattern"].endswith(pattern[1:])), "text")
     for several in ("anyOf", "oneOf"):
         if several in key and key.get("type") != "string":
             options = [_value(option, schema) for option in key[several] if option.get("type") != "null"]
@@ -154,7 +177,7 @@ def _whole_section(name: str, key: dict[str, Any], schema: dict[str, Any]) -> It
         yield from ("policies:", "  standard:")
         yield from _keys(schema["$defs"]["PolicySettings"], schema, _POLICY)
     elif name == "domains":
-        yield "domains: {}"
+        yield "domains:"
         yield from (f"#  {to_yaml(selector)}: {to_yaml(entry)}" for selector, entry in key["examples"][0].items())
     else:
         yield f"#{name}:"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from kvmsnapd.config.models import BeforeHookSettings, HookSettings, PolicyKeys, Settings
 from kvmsnapd.config.problems import Complaint
 from kvmsnapd.config.yaml_document import format_key
+from kvmsnapd.matching import is_uuid
 from kvmsnapd.model import Kind
 from kvmsnapd.policy import ConsistencyRule, DiskSelection, Hook, Hooks, Policy
 from kvmsnapd.schedule import parse_schedule
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 _LONGEST_SPLAY = timedelta(minutes=5)
 _NEEDED = ("schedule", "keep")
-_UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
+_DEEPEST = 20
+"""Policies between one and what it extends in the end."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Resolved:
 
     keys: PolicyKeys
     origins: dict[str, Location]
+    """Where each key that is given is given; a null counts, and takes back what others give."""
     depths: dict[str, int]
     """How near to the domain that place is; the larger, the nearer."""
 
@@ -47,7 +49,7 @@ class Resolved:
             keep=keys.keep.rules(),
             timezone=zone,
             kind=Kind(keys.kind),
-            consistency=keys.consistency,
+            consistency=keys.consistency or ConsistencyRule.FILESYSTEM_PREFERRED,
             catch_up=keys.catch_up == "once",
             splay=splay,
             max_age=2 * interval + splay if keys.max_age is None else keys.max_age,
@@ -67,29 +69,27 @@ class Policies:
     """All policies, and which selector has which."""
 
     by_name: dict[str, Policy] = field(default_factory=dict)
+    """Those that are complete by themselves."""
     selectors: dict[str, tuple[Policy, ...]] = field(default_factory=dict)
     spelled: dict[str, str] = field(default_factory=dict)
     """How each selector is written; a UUID may be in capitals."""
-    only_extended: frozenset[str] = frozenset()
-    """Policies that no domain's entry names, because others extend them."""
     complaints: list[Complaint] = field(default_factory=list)
 
 
 def resolve(settings: Settings) -> Policies:
     """Make the core's policies of validated settings; complain of what no single key can tell."""
     answer = Policies()
+    circular = _circles(settings)
+    answer.complaints += [Complaint(("policies", name, "extends"), text) for name, text in circular.items() if text]
     named = {name for entry in settings.domains.values() for name in entry}
     bases = {policy.extends for policy in settings.policies.values()}
-    answer.only_extended = frozenset(name for name in settings.policies if name in bases and name not in named)
-    answer.complaints += _circles(settings)
-    if answer.complaints:
-        return answer
-    for name in settings.policies:
-        policy = _make(settings, name, None, answer)
+    for name in settings.policies.keys() - circular.keys():
+        policy = _make(settings, name, None, answer, must=name not in named and name not in bases)
         if policy:
             answer.by_name[name] = policy
+    answer.by_name = {name: answer.by_name[name] for name in settings.policies if name in answer.by_name}
     for selector, entry in settings.domains.items():
-        _select(settings, selector, entry, answer)
+        _select(settings, selector, [name for name in dict.fromkeys(entry) if name not in circular], answer)
     return answer
 
 
@@ -110,8 +110,8 @@ def _places(settings: Settings, name: str, selector: str | None) -> Iterator[tup
     """Yield the places that say something about a policy, the nearest last."""
     yield ("defaults",), settings.defaults
     line = [name]
-    while (base := settings.policies[line[-1]].extends) in settings.policies:
-        line.append(str(base))
+    while base := _base(settings, line[-1]):
+        line.append(base)
     for policy in reversed(line):
         yield ("policies", policy), settings.policies[policy]
     entry = settings.domains.get(selector or "")
@@ -119,63 +119,67 @@ def _places(settings: Settings, name: str, selector: str | None) -> Iterator[tup
         yield ("domains", selector or "", name), entry[name]
 
 
-def _circles(settings: Settings) -> list[Complaint]:
-    found: list[Complaint] = []
+def _base(settings: Settings, name: str) -> str | None:
+    base = settings.policies[name].extends
+    return base if base in settings.policies else None
+
+
+def _circles(settings: Settings) -> dict[str, str | None]:
+    """Return the policies that extend without end, with what is wrong; None for those that only lead into a circle."""
+    found: dict[str, str | None] = {}
     for name in settings.policies:
         line = [name]
-        while (base := settings.policies[line[-1]].extends) in settings.policies:
-            line.append(str(base))
-            if base == name:
-                circle = " extends ".join(f"`{policy}`" for policy in line)
-                found.append(Complaint(("policies", name, "extends"), f"{circle}; one of them must stand on its own"))
-            if line.count(str(base)) > 1:
-                break
+        while (base := _base(settings, line[-1])) and base not in line and len(line) <= _DEEPEST:
+            line.append(base)
+        if base == name:
+            circle = " extends ".join(f"`{policy}`" for policy in [*line, base])
+            found[name] = f"{circle}; one of them must stand on its own"
+        elif base:
+            deep = f"more than {_DEEPEST} policies extend one another here; take some out"
+            found[name] = None if base in line else deep
     return found
 
 
-def _select(settings: Settings, selector: str, entry: list[str] | dict[str, PolicyKeys], answer: Policies) -> None:
-    names = list(entry)
-    answer.complaints += [
-        Complaint(("domains", selector, index), f"policy `{name}` is named twice; remove one")
-        for index, name in enumerate(names)
-        if name in names[:index]
-    ]
+def _select(settings: Settings, selector: str, names: list[str], answer: Policies) -> None:
+    """Give a selector the policies of these names."""
+    entry = settings.domains[selector]
+    if isinstance(entry, list):
+        answer.complaints += [
+            Complaint(("domains", selector, index), f"policy `{name}` is named twice; remove one")
+            for index, name in enumerate(entry)
+            if name in entry[:index]
+        ]
     chosen = []
     for name in names:
-        changed = isinstance(entry, dict) and entry[name].model_fields_set
-        policy = _make(settings, name, selector, answer) if changed else answer.by_name.get(name)
+        plain = answer.by_name.get(name) if isinstance(entry, list) or not entry[name].model_fields_set else None
+        policy = plain or _make(settings, name, selector, answer, must=True)
         if policy:
             chosen.append(policy)
     if len({policy.kind for policy in chosen}) > 1:
         kinds = ", ".join(f"{policy.name} is {policy.kind}" for policy in chosen)
         problem = f"a domain has one kind of snapshot, for ever, and {kinds}; mixing kinds loses data"
         answer.complaints.append(Complaint(("domains", selector), problem))
-    known = selector.lower() if _UUID.fullmatch(selector) else selector
+    known = selector.lower() if is_uuid(selector) else selector
     if known in answer.selectors:
-        problem = "this UUID is named twice, in capitals and not; remove one"
-        answer.complaints.append(Complaint(("domains", selector), problem, of_key=True))
+        first = ("domains", answer.spelled[known])
+        answer.complaints.append(Complaint(("domains", selector), "this UUID is given twice", of_key=True, first=first))
     answer.selectors[known] = tuple(chosen)
     answer.spelled[known] = selector
 
 
-def _make(settings: Settings, name: str, selector: str | None, answer: Policies) -> Policy | None:
-    """Return one policy as it applies; complain and return None if it contradicts itself, or is not complete."""
+def _make(settings: Settings, name: str, selector: str | None, answer: Policies, *, must: bool) -> Policy | None:
+    """Return one policy as it applies; None if it contradicts itself, or is not complete, which it need not be."""
     if name not in settings.policies:
         return None
     resolved = resolve_keys(settings, name, selector)
-    missing = [key for key in _NEEDED if key not in resolved.origins]
-    if missing:
-        if name not in answer.only_extended:
-            answer.complaints += [
-                Complaint(
-                    ("policies", name, key), f"`{key}` is missing: give it here, in defaults, or in what it extends"
-                )
-                for key in missing
-            ]
-        return None
     complaints = list(_contradictions(resolved))
+    missing = [key for key in _NEEDED if key not in resolved.origins]
+    if missing and must:
+        text = "is missing: give it here, in defaults, or in what it extends"
+        places = tuple(place for place, _ in _places(settings, name, selector))
+        complaints += [Complaint(("policies", name, key), f"`{key}` {text}", inputs=places) for key in missing]
     answer.complaints += complaints
-    return None if complaints else resolved.to_policy(name, settings.timezone)
+    return None if complaints or missing else resolved.to_policy(name, settings.timezone)
 
 
 def _hook(written: HookSettings | None) -> Hook | None:
@@ -188,11 +192,11 @@ def _hook(written: HookSettings | None) -> Hook | None:
 def _contradictions(resolved: Resolved) -> Iterator[Complaint]:
     """Yield key and problem for what is allowed alone and means nothing together."""
     keys = resolved.keys
-    internal, chosen = keys.kind == "internal", "consistency" in resolved.origins
+    internal = keys.kind == "internal"
     if keys.memory and internal:
         text = "an internal snapshot of a running guest always holds its RAM; remove this, or kind: internal"
         yield _blame(resolved, text, "memory", "kind")
-    elif chosen and (internal or keys.memory) and keys.consistency is not ConsistencyRule.MEMORY:
+    elif keys.consistency not in {None, ConsistencyRule.MEMORY} and (internal or keys.memory):
         why = "kind: internal" if internal else "memory: live"
         text = f"with {why} the guest's RAM is saved, so the consistency is memory; remove one of the two"
         yield _blame(resolved, text, "consistency", "kind" if internal else "memory")
@@ -210,12 +214,11 @@ def _contradictions(resolved: Resolved) -> Iterator[Complaint]:
 
 
 def _blame(resolved: Resolved, text: str, *involved: str) -> Complaint:
-    """Return the complaint at the nearest of the places that give these keys, naming those of the others."""
+    """Return the complaint at the nearest of the places that give these keys, and how to take back the others."""
     given = {key: resolved.origins[key] for key in involved if key in resolved.origins}
     nearest = max(given, key=lambda key: resolved.depths[key])
-    elsewhere = [
-        f"; `{key}` is given under {format_key(location[:-1])}"
-        for key, location in given.items()
-        if location[:-1] != given[nearest][:-1]
-    ]
-    return Complaint(given[nearest], text + "".join(elsewhere))
+    for key, location in given.items():
+        if location[:-1] != given[nearest][:-1]:
+            text += f"; `{key}` is given under {format_key(location[:-1])}"
+            text += "" if key == "kind" else f", `{key}: null` here takes it back"
+    return Complaint(given[nearest], text, inputs=tuple(given.values()))

@@ -20,6 +20,8 @@ def settings_schema() -> dict[str, Any]:
     """Return the schema of one file; what only several keys together can tell is left to ``check-config``."""
     schema = Settings.model_json_schema(schema_generator=_Generator)
     _tidy(schema)
+    policy = schema["$defs"]["PolicySettings"]
+    policy["properties"] = {"extends": policy["properties"].pop("extends"), **policy["properties"]}  # comes first
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "kvmsnapd configuration",

@@ -31,12 +31,24 @@ _WORDS = {"true": True, "false": False, "null": None, "~": None, "": None}
 _LINE_BREAK = re.compile("\r\n|[\n\r\x85\u2028\u2029]")  # those of YAML 1.1, by which the parser counts lines
 _FORBIDDEN = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # YAML 1.1, 5.1
 _WIDEST_EXCERPT = 110
+_PASSWORD = re.compile(r"(://[^/\s:@]*:)([^/\s@]+)@")
+_MOST_PROBLEMS = 200  # more than are told
+_LONGEST_KEY = 255
 _HINTS = {
     "mapping values are not allowed in this context": "; quote text that contains `: `, or look at the indentation",
     "but found another document": "; a file holds one, remove the line `---` or put the rest into conf.d",
     "did not find expected key": "; look at the indentation",
+    "could not find expected ':'": "; or the line above lacks a colon, or the blank after it",
+    "found unknown escape character": "; write text with a \\ in single quotes",
 }
 """What to do about some of the parser's complaints."""
+
+_ENDED = "found unexpected end of stream"
+_OPENED = {
+    "while parsing a flow mapping": "this brace",
+    "while parsing a flow sequence": "this bracket",
+    "while scanning a quoted scalar": "this quote",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,14 +88,19 @@ class Document:
     def _excerpt(self, span: Span) -> str:
         """Return the line with a caret below, or the part of a long one that is around the place."""
         line = self.lines[span.line - 1] if span.line <= len(self.lines) else ""
+        line = _PASSWORD.sub(lambda match: match[1] + "*" * len(match[2]) + "@", line)
         at = span.column - 1
         start = max(0, at - _WIDEST_EXCERPT // 2) if len(line) > _WIDEST_EXCERPT else 0
-        shown = "".join(
-            c if c.isprintable() else " " if c == "\t" else "\ufffd" for c in line[start:][:_WIDEST_EXCERPT]
+        part = printable(line[start:][:_WIDEST_EXCERPT].replace("\t", " "))
+        before, marked = part[: at - start], part[at - start :][: span.width]
+        return (
+            f"{span.line:>5} | {part}".rstrip() + f"\n      | {' ' * _columns(before)}{'^' * max(1, _columns(marked))}"
         )
-        before = "".join(_as_wide_as(character) for character in shown[: at - start])
-        caret = "^" * max(1, min(span.width, len(shown) - (at - start)))
-        return f"{span.line:>5} | {shown}".rstrip() + f"\n      | {before}{caret}"
+
+
+def printable(text: str) -> str:
+    """Return the text without what a terminal would not show as it is."""
+    return "".join(character if character.isprintable() else "\ufffd" for character in text)
 
 
 def format_key(location: Location) -> str:
@@ -93,7 +110,7 @@ def format_key(location: Location) -> str:
         if isinstance(part, int):
             text += f"[{part}]"
         else:
-            word = part if re.fullmatch(r"[\w-]+", part) else f'"{part}"'
+            word = part if re.fullmatch(r"[\w-]+", part) else f'"{printable(part)}"'
             text += f".{word}" if text else word
     return text
 
@@ -119,6 +136,10 @@ def parse_yaml(path: str, text: str) -> Document:
         place = Span(len(before), len(before[-1]) + 1)
         message = f"not YAML: the character U+{ord(forbidden[0]):04X} is not allowed; remove it"
         raise ConfigError([document.problem(place, message)])
+    directives = re.search("^%TAG", text, re.MULTILINE)  # many of them take the parser minutes
+    if directives:
+        place = Span(len(_LINE_BREAK.split(text[: directives.start()])), 1)
+        raise ConfigError([document.problem(place, "not YAML: %TAG is not understood; remove it")])
     try:
         _check_size(document, text)
         root = yaml.compose(text, Loader=yaml.CSafeLoader)
@@ -180,19 +201,23 @@ class _Reader:
                 self._report(span, "a key must be plain text", location)
                 continue
             key = str(key_node.value)
+            if len(key) > _LONGEST_KEY:
+                self._report(span, f"a key of more than {_LONGEST_KEY} characters is no name of anything", location)
+                continue
             if key in seen:
                 first = self._document.keys[*location, key]
                 places = f"first in {self._document.path}:{first.line}:{first.column}"
-                self._report(span, f"key `{key}` is given twice, {places}; keep one of them", (*location, key))
+                self._report(
+                    span, f"key `{printable(key)}` is given twice, {places}; keep one of them", (*location, key)
+                )
                 continue
             seen.add(key)
             self._document.keys[*location, key] = span
             yield key, value
 
     def _report(self, span: Span, message: str, location: Location) -> None:
-        problem = self._document.problem(span, message, location)
-        if problem not in self._document.problems:  # an alias shows the same once more
-            self._document.problems.append(problem)
+        if len(self._document.problems) <= _MOST_PROBLEMS:
+            self._document.problems.append(self._document.problem(span, message, location))
 
     def _scalar(self, node: yaml.ScalarNode) -> Any:  # noqa: ANN401
         text = str(node.value)
@@ -209,26 +234,29 @@ def _span(node: yaml.Node) -> Span:
     return Span(start.line + 1, start.column + 1, max(1, width))
 
 
-def _as_wide_as(character: str) -> str:
-    """Return the blanks that take as much room on a terminal."""
-    if unicodedata.combining(character):
-        return ""
-    return "  " if unicodedata.east_asian_width(character) in "WF" else " "
+def _columns(text: str) -> int:
+    """Return how many columns of a terminal the text takes."""
+    wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
+    return len(text) + wide - sum(unicodedata.combining(character) != 0 for character in text)
 
 
 def _explain(document: Document, error: yaml.MarkedYAMLError) -> Problem:
     """Return the parser's complaint with its place, and a hint for the mistakes everybody makes once."""
-    problem = error.problem or error.context
-    # Of a quote that is never closed the end of the file tells nothing, its beginning does.
-    mark = error.context_mark if problem == "found unexpected end of stream" else error.problem_mark
-    mark = mark or error.problem_mark or error.context_mark
+    problem, opened = str(error.problem or error.context), error.context_mark
+    mark = error.problem_mark or opened
     span = Span(mark.line + 1, mark.column + 1) if mark else Span(1, 1)
+    if span.line > len(document.lines):  # the parser was waiting for more
+        span = Span(len(document.lines), len(document.lines[-1]) + 1)
+    if opened and str(error.context) in _OPENED and (opened.line + 1 < span.line or problem == _ENDED):
+        # Where something is opened that is never closed, the place where that is noticed tells nothing.
+        place = Span(opened.line + 1, opened.column + 1)
+        return document.problem(place, f"not YAML: {_OPENED[str(error.context)]} is not closed by line {span.line}")
     source = document.lines[span.line - 1] if span.line <= len(document.lines) else ""
-    hint = _HINTS.get(str(problem), "")
+    hint = _HINTS.get(problem, "")
     if re.search(r"(^|[:\-\[{,])\s*[*@]", source):
         hint = '; what begins with * or @ must be quoted, such as schedule: "* * * * *" or "*-web": [standard]'
     elif "\t" in source:
         hint = "; indent with spaces, not with tabs"
-    elif error.context_mark and error.context_mark.line + 1 < span.line and str(error.context).startswith("while"):
-        hint = f" ({error.context}, begun in line {error.context_mark.line + 1}){hint}"
+    elif opened and opened.line + 1 < span.line and str(error.context).startswith("while"):
+        hint = f" ({error.context}, begun in line {opened.line + 1}){hint}"
     return document.problem(span, f"not YAML: {problem}{hint}")

@@ -352,7 +352,7 @@ def status(capsys: Capture, config: str, *domains: str) -> dict[str, Any]:
 def test_status_as_json(capsys: Capture, write: Write, shared_host: SharedHost) -> None:
     name = shared_host.take(THIS_YEAR, taken_at=datetime.now(UTC) - timedelta(hours=5, minutes=30))
     found = status(capsys, write(CONFIG))
-    assert list(found) == ["pairs", "unprotected", "missing", "unmanaged", "daemon"]
+    assert list(found) == ["pairs", "unprotected", "missing", "unmanaged", "configuration"]
     (pair,) = found["pairs"]
     assert list(pair) == STATUS_KEYS
     assert pair == {

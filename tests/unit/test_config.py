@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, get_args
 from zoneinfo import ZoneInfo
 
 import pytest
+from rich.cells import cell_len
 
 from kvmsnapd.config import Config, load_config
 from kvmsnapd.config.models import Settings
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
 SAMPLES = Path(__file__).parent.parent / "samples"
 VALID = sorted(SAMPLES.glob("valid/*.yaml"))
 INVALID = sorted(SAMPLES.glob("invalid/*.yaml"))
+VALID_MANY = sorted(SAMPLES.glob("valid_many/*/kvmsnapd.yaml"))
+INVALID_MANY = sorted(SAMPLES.glob("invalid_many/*/kvmsnapd.yaml"))
+ALL_INVALID = INVALID + INVALID_MANY
 
 
 @pytest.fixture(autouse=True)
@@ -84,8 +88,110 @@ def test_no_text_is_left_without_its_sample() -> None:
 def test_every_line_of_a_text_begins_with_the_name_of_the_file(path: Path) -> None:
     lines = path.with_suffix(".txt").read_text(encoding="utf-8").splitlines()
     assert lines
-    form = re.compile(rf"{re.escape(path.name)}(:\d+:\d+)?: \S|[ \d]{{5}} \| ")
+    form = re.compile(rf"{re.escape(path.name)}(:\d+:\d+)?: \S|[ \d]{{5}} \|( |$)")
     assert [line for line in lines if not form.match(line)] == []
+
+
+# Configurations of several files
+
+
+def refusal_of(path: Path) -> ConfigError:
+    """Return the error with which a configuration is refused."""
+    with pytest.raises(ConfigError) as refusal:
+        load_config(path)
+    return refusal.value
+
+
+def name_of(path: Path) -> str:
+    """Return the name of a sample, be it a file or a directory."""
+    return path.parent.name if path.name == "kvmsnapd.yaml" else path.stem
+
+
+@pytest.mark.parametrize("path", VALID_MANY, ids=name_of)
+def test_a_valid_sample_of_several_files_loads(path: Path) -> None:
+    config = load_config(path)
+    assert config.files == (str(path), *map(str, sorted(path.parent.glob("conf.d/[!.]*.yaml"))))
+
+
+@pytest.mark.parametrize("path", INVALID_MANY, ids=name_of)
+def test_an_invalid_sample_of_several_files_is_refused_with_exactly_its_text(path: Path) -> None:
+    text = f"{refusal_of(path)}\n".replace(f"{path.parent}/", "")
+    expected = path.parent / "expected.txt"
+    if os.environ.get("REFRESH_SAMPLES"):
+        expected.write_text(text, encoding="utf-8")
+    assert text == expected.read_text(encoding="utf-8")
+
+
+def test_every_directory_of_samples_has_its_main_file() -> None:
+    assert sorted(SAMPLES.glob("*_many/*")) == sorted(path.parent for path in VALID_MANY + INVALID_MANY)
+    assert sorted(SAMPLES.glob("*_many/*/expected.txt")) == [path.parent / "expected.txt" for path in INVALID_MANY]
+
+
+# Every refusal, whatever it is about
+
+LINE_BREAK = re.compile("\r\n|[\n\r\x85\u2028\u2029]")
+
+
+def as_shown(text: str) -> str:
+    """Return text with what a terminal cannot show replaced, each character by one."""
+    return "".join(c if c.isprintable() else " " if c == "\t" else "\ufffd" for c in text).rstrip()
+
+
+@pytest.mark.parametrize("path", ALL_INVALID, ids=name_of)
+def test_every_excerpt_is_the_line_with_a_caret_below_the_column(path: Path) -> None:
+    for problem in refusal_of(path).problems:
+        if not problem.excerpt:
+            continue
+        text = Path(problem.file).read_text(encoding="utf-8-sig").replace("hunter2", "*******")
+        lines = LINE_BREAK.split(text)
+        assert 1 <= problem.line <= len(lines)
+        line = lines[problem.line - 1]
+        assert 1 <= problem.column <= len(line) + 1
+        source, carets = problem.excerpt.split("\n")
+        assert int(source[:5]) == problem.line
+        assert re.fullmatch(r" {6}\| +\^+", carets)
+        at = carets.index("^") - 8
+        token = as_shown(line[problem.column - 1 :][:20])
+        shown = source[8:].ljust(at)
+        # Of characters without width several end in the same cell.
+        assert any(shown[i:].startswith(token) for i in range(len(shown) + 1) if cell_len(shown[:i]) == at)
+        assert len(carets) - 8 <= max(cell_len(shown), at + 1)
+
+
+@pytest.mark.parametrize("path", ALL_INVALID, ids=name_of)
+def test_every_problem_that_can_be_is_shown_with_its_line(path: Path) -> None:
+    unreadable = ("is not UTF-8 text", "is UTF-16 text", "cannot be read", "says nothing at all")
+    assert [
+        str(problem)
+        for problem in refusal_of(path).problems
+        if not problem.excerpt and not problem.message.startswith(unreadable)
+    ] == []
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(
+            path,
+            marks=[pytest.mark.xfail(strict=True, reason="files that are no YAML have no rank among the others")]
+            if path.parent.name == "syntax_errors_in_two_files"
+            else [],
+        )
+        for path in ALL_INVALID
+    ],
+    ids=name_of,
+)
+def test_problems_come_file_by_file_and_line_by_line(path: Path) -> None:
+    files = [str(path), *map(str, sorted(path.parent.glob("conf.d/*.yaml")))]
+    places = [(files.index(p.file), p.line, p.column) for p in refusal_of(path).problems]
+    assert places == sorted(places)
+
+
+@pytest.mark.parametrize("path", ALL_INVALID, ids=name_of)
+def test_no_problem_is_told_twice_and_each_time_in_the_same_words(path: Path) -> None:
+    told = refusal_of(path).problems
+    assert len(set(told)) == len(told)
+    assert refusal_of(path).problems == told
 
 
 def sample(name: str) -> Config:
@@ -154,8 +260,16 @@ def test_the_sample_of_every_setting_has_every_setting() -> None:
     assert missing == set()
 
 
-def test_an_empty_file_is_the_defaults() -> None:
-    config = sample("empty")
+@pytest.mark.parametrize("text", ["", "\n", "# nothing\n", "---\n", "---\n...\n", "null\n", "{}\n", "\ufeff"])
+def test_a_file_that_says_nothing_at_all_is_refused(write: Write, text: str) -> None:
+    assert problems(write(text)) == [
+        ("kvmsnapd.yaml: says nothing at all; for a host on which nothing is to be protected write `domains: {}`")
+    ]
+
+
+@pytest.mark.parametrize("text", ["domains: {}", "domains:", "tick: 30s", "policies:"])
+def test_a_file_that_says_anything_else_is_the_defaults(write: Write, text: str) -> None:
+    config = load_config(write(text))
     settings = config.settings
     assert (config.policies, config.selectors, config.warnings) == ({}, {}, ())
     assert (settings.connect, settings.timezone) == ("qemu:///system", ZoneInfo("UTC"))
@@ -248,7 +362,7 @@ def test_a_size_has_a_decimal_or_a_binary_unit_or_none(write: Write, written: st
     "written",
     [
         *("-5", "1e9", "nan", "inf", "GiB", "[1GiB]"),
-        *(pytest.param(text) for text in ('"1,5GiB"', "5 GiB or so", "10.5.5GiB")),
+        *('"1,5GiB"', "5 GiB or so", "10.5.5GiB"),
     ],
 )
 def test_anything_else_is_no_size(write: Write, written: str) -> None:
@@ -292,10 +406,38 @@ def test_an_unknown_key_of_a_hook_is_told_which_there_are(write: Write) -> None:
         a_policy_with(write, "hooks: {before: {command: [x], requird: true}}")
 
 
-@pytest.mark.parametrize("word", ["true", "yes", "on"])
-def test_a_switch_may_be_written_in_any_usual_way(write: Write, word: str) -> None:
-    assert load_config(write(f"metrics: {{enabled: {word}}}")).settings.metrics.enabled is True
-    assert load_config(write("metrics: {enabled: off}")).settings.metrics.enabled is False
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [
+        *((word, True) for word in ("true", "yes", "on", "True", "YES", "oN", '"true"')),
+        *((word, False) for word in ("false", "no", "off", "FALSE", "No", "OFF", '"off"')),
+    ],
+)
+def test_a_switch_may_be_written_in_any_usual_way(write: Write, word: str, meant: bool) -> None:
+    assert load_config(write(f"metrics: {{enabled: {word}}}")).settings.metrics.enabled is meant
+
+
+@pytest.mark.parametrize("word", ["1", "0", "y", "N", "t", "1.0", '""', "enabled", "[true]", "{}", "null"])
+def test_a_switch_is_nothing_else(write: Write, word: str) -> None:
+    (message,) = messages(write(f"metrics: {{enabled: {word}}}"))
+    assert message.startswith("metrics.enabled: write true or false")
+
+
+@pytest.mark.parametrize("written", ["3", '"3"'])
+def test_a_whole_number_may_be_quoted(write: Write, written: str) -> None:
+    assert load_config(write(f"workers: {written}")).settings.workers == 3
+
+
+@pytest.mark.parametrize(
+    "written", ["03", '"03"', "0_3", "3.0", "3.5", "+3", "0x3", "3e0", '" 3"', "true", "[3]", "null"]
+)
+@pytest.mark.parametrize("key", ["workers", "metrics.port", "defaults.max_chain_depth"])
+def test_a_number_is_written_in_one_way(write: Write, key: str, written: str) -> None:
+    section, _, name = key.rpartition(".")
+    line = f"{section}: {{{name}: {written}}}" if section else f"{name}: {written}"
+    (message,) = messages(write(line))
+    assert message.startswith(f"{key}: write a whole number")
+    assert ("without 0 in front" in message) == ("03" in written)
 
 
 # Files that cannot be read
@@ -312,7 +454,9 @@ def test_a_directory_is_refused(tmp_path: Path) -> None:
 
 def test_a_file_of_more_than_four_mebibytes_is_refused_unread(write: Write) -> None:
     path = write("# " + "x" * 4 * 2**20)
-    assert problems(path) == ["kvmsnapd.yaml:1:1: the file is larger than 4194304 bytes"]
+    assert problems(path) == [
+        "kvmsnapd.yaml: the file is larger than 4194304 bytes, or makes all files larger than that"
+    ]
 
 
 # The environment
@@ -338,7 +482,7 @@ def test_a_bad_value_in_the_environment_is_refused_with_its_variable(
 ) -> None:
     monkeypatch.setenv("KVMSNAPD_METRICS__PORT", "65536")
     assert problems(write("metrics: {port: 9783}")) == [
-        "environment KVMSNAPD_METRICS__PORT: write a number up to 65535, not '65536'"
+        "environment KVMSNAPD_METRICS__PORT: write a number up to 65535, not 65536"
     ]
 
 
@@ -346,7 +490,7 @@ def test_an_unknown_key_in_the_environment_is_refused_with_its_variable(
     write: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("KVMSNAPD_METRICS__PROT", "9000")
-    assert problems(write("")) == [
+    assert problems(write("domains: {}")) == [
         (
             "environment KVMSNAPD_METRICS__PROT: unknown key `prot`; did you mean `port`? Allowed are enabled, "
             "listen, port"
@@ -359,31 +503,131 @@ def test_a_variable_in_small_letters_is_named_as_well(write: Write, monkeypatch:
     assert problems(write("workers: 2"))[0].startswith("environment ")
 
 
-def test_a_section_in_the_environment_that_is_no_json_is_refused_with_its_variable(
-    write: Write, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("variable", "message"),
+    [
+        ("METRICS", "a section cannot be given whole; set single keys, as KVMSNAPD_METRICS__KEY"),
+        ("DEFAULTS", "a section cannot be given whole; set single keys, as KVMSNAPD_DEFAULTS__KEY"),
+        ("POLICIES", "`policies` belongs into a file, such as conf.d/10-this-host.yaml"),
+        ("DOMAINS", "`domains` belongs into a file, such as conf.d/10-this-host.yaml"),
+        ("DOMAINS__DB01", "`domains.db01` belongs into a file, such as conf.d/10-this-host.yaml"),
+        ("POLICIES__P__SPLAY", "`policies.p.splay` belongs into a file, such as conf.d/10-this-host.yaml"),
+        ("DEFAULTS__KEEP", "`defaults.keep` belongs into a file, such as conf.d/10-this-host.yaml"),
+        ("DEFAULTS__KEEP__LAST", "`defaults.keep.last` belongs into a file, such as conf.d/10-this-host.yaml"),
+        ("DEFAULTS__DISKS", "`defaults.disks` belongs into a file, such as conf.d/10-this-host.yaml"),
+        ("DEFAULTS__HOOKS", "`defaults.hooks` belongs into a file, such as conf.d/10-this-host.yaml"),
+        ("WATCH__NOW", "`watch` is a single value, and has no `now`"),
+        ("LOG__LEVEL__MORE", "`log.level` is a single value, and has no `more`"),
+        ("WACTH", "unknown key `wacth`; did you mean `watch`? Allowed are "),
+        ("", "unknown key ``. Allowed are "),
+    ],
+)
+@pytest.mark.parametrize("value", ["", "x", "{}", "true"])
+def test_what_is_no_single_value_is_refused_in_the_environment(
+    write: Write, monkeypatch: pytest.MonkeyPatch, variable: str, message: str, value: str
 ) -> None:
-    monkeypatch.setenv("KVMSNAPD_METRICS", "port=9000")
-    (line,) = problems(write(""))
-    assert line.startswith("environment KVMSNAPD_METRICS: ")
+    monkeypatch.setenv(f"KVMSNAPD_{variable}", value)
+    (line,) = problems(write("metrics: {port: 1}"))
+    assert line.startswith(f"environment KVMSNAPD_{variable}: {message}")
+    assert line.endswith(message) or message.endswith("Allowed are ")
 
 
-def test_a_bad_value_within_a_section_of_the_environment_is_not_blamed_on_the_file(
+def test_one_key_of_the_defaults_may_come_from_the_environment(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVMSNAPD_DEFAULTS__MAX_CHAIN_DEPTH", "7")
+    path = write(f"defaults: {{splay: 1m}}\npolicies: {{p: {KEEP_AND_SCHEDULE}}}\ndomains: {{db01: [p]}}\n")
+    config = load_config(path)
+    assert (config.policies["p"].max_chain_depth, config.policies["p"].splay) == (7, timedelta(minutes=1))
+    assert config.environment.variables == {("defaults", "max_chain_depth"): "KVMSNAPD_DEFAULTS__MAX_CHAIN_DEPTH"}
+    (place,) = (setting.place for setting in config.explain("db01", "p") if setting.key == "max_chain_depth")
+    assert place == "environment KVMSNAPD_DEFAULTS__MAX_CHAIN_DEPTH"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"), [("KVMSNAPD_WORKERS", "9"), ("KVMSNAPD_DEFAULTS__SPLAY", "soon"), ("KVMSNAPD_DOMAINS", "{}")]
+)
+def test_what_is_wrong_in_the_environment_hides_nothing_of_the_files(
+    write: Write, monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    lines = problems(
+        write(
+            f"""\
+tick: soon
+policies:
+  p: {{schedule: daily, keep: {{last: 1}}, consistency: memory}}
+  q: {KEEP_AND_SCHEDULE}
+domains:
+  db01: [nope]
+  db02: [q, q]
+"""
+        )
+    )
+    assert [line.split(": ")[:2] for line in lines] == [
+        ["environment " + variable, lines[0].split(": ")[1]],
+        ["kvmsnapd.yaml:1:7", "tick"],
+        ["kvmsnapd.yaml:3:54", "policies.p.consistency"],
+        ["kvmsnapd.yaml:6:10", "domains.db01[0]"],
+        ["kvmsnapd.yaml:7:13", "domains.db02[1]"],
+    ]
+
+
+@pytest.mark.parametrize("section", ["", " null"])
+def test_the_environment_may_give_a_key_of_a_section_that_stands_alone(
+    write: Write, monkeypatch: pytest.MonkeyPatch, section: str
+) -> None:
+    monkeypatch.setenv("KVMSNAPD_METRICS__PORT", "9000")
+    assert load_config(write(f"metrics:{section}\n")).settings.metrics.port == 9000
+
+
+@pytest.mark.xfail(strict=True, reason="the section of the variable takes the place of whatever the file has there")
+@pytest.mark.parametrize("line", ["metrics: 5", "metrics: [port]"])
+def test_a_section_of_another_form_is_refused_though_the_environment_gives_a_key_of_it(
+    write: Write, monkeypatch: pytest.MonkeyPatch, line: str
+) -> None:
+    monkeypatch.setenv("KVMSNAPD_METRICS__PORT", "9000")
+    assert problems(write(line))[0].startswith("kvmsnapd.yaml:1:10: metrics: write `key: value` lines below it")
+
+
+def test_a_configuration_is_not_made_of_the_environment_alone(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVMSNAPD_WATCH", "true")
+    (line,) = problems(write("# nothing\n"))
+    assert line.startswith("kvmsnapd.yaml: says nothing at all")
+
+
+@pytest.mark.xfail(
+    strict=True, reason="of two that differ in letters only one is named, and not always the one that is used"
+)
+def test_of_a_variable_in_large_and_small_letters_the_one_that_is_wrong_is_named(
     write: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("KVMSNAPD_METRICS", '{"port": 65536}')
-    (line,) = problems(write("# nothing about metrics"))
-    assert line.startswith("environment KVMSNAPD_METRICS: ")
+    monkeypatch.setenv("kvmsnapd_workers", "3")
+    monkeypatch.setenv("KVMSNAPD_WORKERS", "9")
+    assert "environment KVMSNAPD_WORKERS" in problems(write("workers: 2"))[0]
+
+
+@pytest.mark.xfail(strict=True, reason="the name of a variable is shown as it is")
+def test_of_the_name_of_a_variable_nothing_is_shown_that_a_terminal_would_obey(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KVMSNAPD_\x1b[2J", "1")
+    (line,) = problems(write("workers: 2"))
+    assert line.isprintable()
+
+
+def test_a_variable_that_is_no_text_is_refused(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVMSNAPD_CONNECT", "test:///b\udcfcro")
+    assert problems(write("domains: {}")) == ["environment KVMSNAPD_CONNECT: is not UTF-8 text"]
 
 
 def test_variables_of_others_do_not_matter(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LAB_UNPACKED", "/nowhere")
-    load_config(write(""))
+    load_config(write("domains: {}"))
 
 
 def test_systemd_names_the_directories(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STATE_DIRECTORY", "/var/lib/service:/var/lib/second")
     monkeypatch.setenv("RUNTIME_DIRECTORY", "/run/service")
-    config = load_config(write(""))
+    config = load_config(write("domains: {}"))
     assert (config.state_directory, config.runtime_directory) == (Path("/var/lib/service"), Path("/run/service"))
 
 
@@ -461,3 +705,340 @@ def test_the_uuid_of_a_domain_may_be_written_in_capitals(write: Write) -> None:
     uuid = "ABCDEFAB-2222-3333-4444-555555555555"
     config = load_config(write(f"policies: {{p: {{schedule: daily, keep: {{last: 1}}}}}}\ndomains: {{{uuid}: [p]}}"))
     assert list(config.selectors) == [uuid.lower()]
+
+
+# What a refusal must not do
+
+
+def messages(path: Path) -> list[str]:
+    """Return key and message of every problem, without places and excerpts."""
+    return [f"{problem.key}: {problem.message}" for problem in refusal_of(path).problems]
+
+
+KEEP_AND_SCHEDULE = "{schedule: hourly, keep: {last: 1}}"
+
+
+@pytest.mark.parametrize("line", ["Timezone: UTC", "TICK: 10s", "Domains: {db01: [p]}", "dOMAINS: {db01: [nope]}"])
+def test_a_key_at_the_top_in_capitals_is_unknown(write: Write, line: str) -> None:
+    path = write(f"policies: {{p: {KEEP_AND_SCHEDULE}}}\n{line}\n")
+    assert re.search(r"unknown key `\w+`; did you mean", messages(path)[0])
+
+
+@pytest.mark.parametrize("variable", ["KVMSNAPD_DOMAINS", "KVMSNAPD_DOMAINS__DB01"])
+def test_an_unknown_policy_in_the_environment_leaves_no_domain_unprotected(
+    write: Write, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    monkeypatch.setenv(variable, '["nope"]' if variable.endswith("DB01") else '{"db01": ["nope"]}')
+    (line,) = problems(write(f"policies: {{p: {KEEP_AND_SCHEDULE}}}\ndomains: {{db01: [p]}}\n"))
+    assert re.fullmatch(rf"environment {variable}: `domains(\.db01)?` belongs into a file, .*", line)
+
+
+@pytest.mark.parametrize("name", ["password_in_connect", "password_in_connect_with_a_wrong_key"])
+def test_a_password_is_shown_to_nobody(name: str) -> None:
+    told = str(refusal_of(SAMPLES / "invalid" / f"{name}.yaml"))
+    assert "hunter2" not in told
+    assert "://root:*******@" in told
+
+
+@pytest.mark.parametrize(
+    "text", ['"\\e[2J": 1', '"a\\nb": 1', 'domains: {"\\e[2J": [p]}', 'domains: {db01: ["\\u202e"]}', '"a\\rb": 1']
+)
+def test_what_a_terminal_would_obey_is_shown_escaped(write: Write, text: str) -> None:
+    for problem in refusal_of(write(f"{text}\n")).problems:
+        assert (problem.key + problem.message).isprintable()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "policies: {base: {schedule: hourly, keep: {last: 1}}, p: {extends: bsae}}",
+        "policies: {base: {schedule: hourly, keep: {last: 1}}, p: {extends: [base]}}",
+        pytest.param(
+            "policies: {base: hourly, p: {extends: base}}",
+            marks=pytest.mark.xfail(
+                strict=True, reason="a base that is wrong as a whole is dropped without a stand-in"
+            ),
+        ),
+        "policies: {'bad name': {schedule: hourly, keep: {last: 1}}, p: {extends: 'bad name'}}",
+        "defaults: [schedule, keep]\npolicies: {p: {splay: 1m}}",
+        "defaults: {shedule: hourly, keep: {last: 1}}\npolicies: {p: {splay: 1m}}",
+        "policies: {p: {shedule: hourly, keep: {last: 1}}}",
+    ],
+    ids=["unknown", "list", "base is a word", "base has a bad name", "defaults are a list", "in defaults", "misspelt"],
+)
+def test_nothing_is_called_missing_because_of_another_error(write: Write, text: str) -> None:
+    assert [line for line in messages(write(text)) if "missing" in line] == []
+
+
+def test_a_circle_hides_no_other_problem(write: Write) -> None:
+    path = write(
+        f"policies: {{a: {{extends: a}}, b: {KEEP_AND_SCHEDULE}, c: {{schedule: daily}}}}\ndomains: {{x: [b, b]}}"
+    )
+    assert [line.partition(":")[0] for line in messages(path)] == [
+        "policies.a.extends",
+        "policies.c.keep",
+        "domains.x[1]",
+    ]
+
+
+def test_a_missing_key_hides_no_contradiction(write: Write) -> None:
+    path = write("policies: {p: {keep: {last: 1}, consistency: memory}}\n")
+    assert [line.partition(":")[0] for line in messages(path)] == ["policies.p.schedule", "policies.p.consistency"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "domains: {x: [bad name]}",
+        "policies: {p: {schedule: daily, keep: {last: 1}, extends: bad name}}",
+        "domains: {x: {keep: {last: 1}}}",
+    ],
+)
+def test_one_error_in_the_name_of_a_policy_is_one_problem(write: Write, text: str) -> None:
+    assert len(messages(write(text))) == 1
+
+
+def test_an_error_that_aliases_repeat_is_one_problem() -> None:
+    assert len(messages(SAMPLES / "invalid" / "anchor_with_a_problem.yaml")) == 1
+
+
+@pytest.mark.xfail(strict=True, reason="told once when it is merged and once, in other words, when it is validated")
+def test_a_section_of_another_form_in_a_second_file_is_one_problem() -> None:
+    assert len(messages(SAMPLES / "invalid_many" / "section_of_another_form" / "kvmsnapd.yaml")) == 2
+
+
+@pytest.mark.parametrize("name", ["defaults_extend", "override_that_extends"])
+def test_what_only_a_policy_can_extend_is_not_sent_to_defaults(name: str) -> None:
+    assert "under defaults" not in messages(SAMPLES / "invalid" / f"{name}.yaml")[0]
+
+
+@pytest.mark.parametrize("name", ["invalid/uuid_twice.yaml", "invalid_many/same_uuid_in_two_files/kvmsnapd.yaml"])
+def test_of_a_uuid_that_is_given_twice_the_first_place_is_named(name: str) -> None:
+    assert re.search(r"first in \S+\.yaml:\d+:3", messages(SAMPLES / name)[0])
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("log: {level: INFO}", "info"),
+        (f"policies: {{p: {KEEP_AND_SCHEDULE[:-1]}, KIND: internal}}}}", "kind"),
+        (f"policies: {{standard: {KEEP_AND_SCHEDULE}}}\ndomains: {{x: [STANDARD]}}", "standard"),
+        ("policies: {p: {schedule: Hourly, keep: {last: 1}}}", "hourly"),
+        ("policies: {p: {schedule: dayly, keep: {last: 1}}}", "daily"),
+    ],
+)
+def test_the_word_that_was_meant_is_named(write: Write, text: str, meant: str) -> None:
+    assert f"did you mean `{meant}`?" in messages(write(text))[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "mark", "message"),
+    [
+        ("brace_not_closed_at_the_end", 4, "{", "not YAML: this brace is not closed by line 5"),
+        ("quote_not_closed_before_other_keys", 3, "'", "not YAML: this quote is not closed by line 7"),
+        ("bracket_not_closed", 4, "[", "not YAML: this bracket is not closed by line 5"),
+    ],
+)
+def test_what_is_never_closed_is_called_so_where_it_begins(name: str, line: int, mark: str, message: str) -> None:
+    (problem,) = refusal_of(SAMPLES / "invalid" / f"{name}.yaml").problems
+    assert (problem.line, problem.message) == (line, message)
+    source, caret = problem.excerpt.split("\n")
+    assert source[caret.index("^")] == mark
+
+
+def test_no_message_speaks_of_python() -> None:
+    told = [line for path in ALL_INVALID for line in messages(path)]
+    assert [line for line in told if re.search("input should|timedelta|assert_not|groupref|value error", line)] == []
+
+
+def test_the_carets_are_as_wide_as_what_they_are_below(write: Write) -> None:
+    (problem,) = refusal_of(write("データ: 1\n")).problems
+    assert problem.excerpt.count("^") == 6
+
+
+@pytest.mark.parametrize("key", ["state_directory", "runtime_directory"])
+@pytest.mark.parametrize("value", ["kvmsnapd", '""', "~/kvmsnapd"])
+def test_a_directory_that_depends_on_where_the_daemon_starts_is_refused(write: Write, key: str, value: str) -> None:
+    assert messages(write(f"{key}: {value}\n")) == [f"{key}: write an absolute path"]
+
+
+def test_a_regular_expression_of_alternatives_that_may_take_for_ever_is_refused(write: Write) -> None:
+    selector = f"/{'(a|aa)' * 40}b/"
+    assert messages(write(f"domains: {{'{selector}': []}}\n"))
+
+
+def test_an_empty_regular_expression_is_refused(write: Write) -> None:
+    assert messages(write("domains: {'//': []}\n"))
+
+
+@pytest.mark.xfail(strict=True, reason="what is left of the file without its wrong keys is empty, so it is called that")
+@pytest.mark.parametrize("text", ["? [policies]\n: {}\n", f"{'x' * 256}: 1\n"])
+def test_a_file_of_one_wrong_key_is_not_said_to_say_nothing(write: Write, text: str) -> None:
+    assert [line for line in messages(write(text)) if "says nothing" in line] == []
+
+
+# What is shown of what was written
+
+
+TOLD_WHOLE = pytest.mark.xfail(
+    strict=True, reason="messages and keys repeat what was written, only excerpts have stars"
+)
+NOT_CUT = pytest.mark.xfail(strict=True, reason="durations, schedules and counts are repeated whole")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "connect: qemu+ssh://root:{}@host/system",
+        "conect: qemu+ssh://root:{}@host/system",
+        "connect: [qemu+ssh://root:{}@host/system]",
+        pytest.param("domains: {{db01: [qemu+ssh://root:{}@host/system]}}", marks=TOLD_WHOLE),
+        pytest.param("domains: {{'qemu+ssh://root:{}@host/system': []}}", marks=TOLD_WHOLE),
+        pytest.param("defaults: {{hooks: {{after: {{command: http://u:{}@host}}}}}}", marks=TOLD_WHOLE),
+    ],
+)
+def test_a_password_is_stars_of_its_length_and_the_rest_of_the_line_stays(write: Write, text: str) -> None:
+    problem = refusal_of(write(text.format("s3cr+t:!") + "\n")).problems[0]
+    source, carets = problem.excerpt.split("\n")
+    assert source[8:] == text.format("*" * 8)
+    assert len(carets) <= len(source)
+    assert "s3cr" not in str(problem)
+
+
+@pytest.mark.xfail(strict=True, reason="a password ends at its first @ for the excerpt")
+def test_a_password_with_an_at_sign_is_shown_to_nobody(write: Write) -> None:
+    told = str(refusal_of(write("connect: qemu+ssh://root:s3c@r3t@host/system\n")))
+    assert "s3c" not in told
+    assert "r3t" not in told
+
+
+@pytest.mark.parametrize(
+    "text", ["'\u202ekey': 1", "domains: {'\u200b\u202eb': [p]}", "log: {level: '\u2066in'}", "tick: '\u202e1'"]
+)
+def test_neither_message_nor_excerpt_has_what_a_terminal_would_obey(write: Write, text: str) -> None:
+    for line in str(refusal_of(write(f"{text}\n"))).split("\n"):
+        assert line.isprintable()
+
+
+def test_a_hundred_problems_are_told_and_the_others_are_counted(write: Write) -> None:
+    path = write("".join(f"unknown{n}: 1\n" for n in range(100)))
+    assert len(messages(path)) == 100
+    path = write("".join(f"unknown{n}: 1\n" for n in range(107)))
+    told = refusal_of(path).problems
+    assert [problem.line for problem in told[:-1]] == list(range(1, 101))
+    assert str(told[-1]) == f"{path}: and 7 more problems"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("timezone: {}", "workers: {}", "watch: {}", "log: {{level: {}}}", "metrics: {}", "domains: {{x: {}}}"),
+        pytest.param("tick: {}", marks=NOT_CUT),
+        pytest.param("defaults: {{schedule: {}}}", marks=NOT_CUT),
+        pytest.param("defaults: {{keep: {{last: {}}}}}", marks=NOT_CUT),
+        pytest.param("defaults: {{keep: {{within: {}}}}}", marks=NOT_CUT),
+        "domains: {{x: [{}]}}",
+    ],
+)
+def test_a_long_value_is_shown_by_its_beginning(write: Write, line: str) -> None:
+    (problem,) = refusal_of(write(line.format("lemon" * 100) + "\n")).problems
+    assert "lemon" * 8 in problem.message
+    assert "lemon" * 13 not in problem.message
+    assert all(len(part) <= 120 for part in problem.excerpt.split("\n"))
+
+
+# What policies extend
+
+
+def test_a_circle_names_only_those_within(write: Write) -> None:
+    text = f"""\
+policies:
+  outside: {{extends: a, schedule: hourly, keep: {{last: 1}}}}
+  a: {{extends: b}}
+  b: {{extends: c}}
+  c: {{extends: a}}
+  other: {KEEP_AND_SCHEDULE}
+domains: {{x: [outside, other]}}
+"""
+    assert messages(write(text)) == [
+        "policies.a.extends: `a` extends `b` extends `c` extends `a`; one of them must stand on its own",
+        "policies.b.extends: `b` extends `c` extends `a` extends `b`; one of them must stand on its own",
+        "policies.c.extends: `c` extends `a` extends `b` extends `c`; one of them must stand on its own",
+    ]
+
+
+def a_ladder(steps: int) -> str:
+    """Return policies of which the first extends the second, and so on, for so many steps."""
+    lines = [f"  p{n}: {{extends: p{n + 1}}}" for n in range(steps)]
+    return "\n".join(["policies:", *lines, f"  p{steps}: {KEEP_AND_SCHEDULE}", "domains: {x: [p0]}", ""])
+
+
+def test_policies_extend_one_another_at_most_twenty_deep(write: Write) -> None:
+    assert len(load_config(write(a_ladder(20))).policies) == 21
+    assert messages(write(a_ladder(21))) == [
+        "policies.p0.extends: more than 20 policies extend one another here; take some out"
+    ]
+
+
+# What patterns may cost
+
+
+@pytest.mark.parametrize(
+    "selector",
+    [
+        "/a+b*c?/",
+        "/(web|db)-[0-9]+/",
+        "/[a-z]*-[a-z]*-[0-9]*/",
+        "/web-[0-9]{1,3}-(a|b|c)(d|e|f)/",
+        f"/{'a?' * 3}x/",
+    ],
+)
+def test_a_regular_expression_that_is_soon_done_is_accepted(write: Write, selector: str) -> None:
+    assert list(load_config(write(f"domains: {{'{selector}': []}}")).selectors) == [selector]
+
+
+@pytest.mark.parametrize(
+    "selector",
+    ["/.*.*.*.*x/", f"/{'a?' * 30}{'a' * 30}/", f"/{'(a|a)' * 25}b/", "/a*(b|c)*/", "/(a+)+/", "/(a|b*)(c*|d*)*/"],
+)
+def test_a_regular_expression_that_may_take_for_ever_is_refused(write: Write, selector: str) -> None:
+    (message,) = messages(write(f"domains: {{'{selector}': []}}"))
+    assert re.search("takes too long to match some names|may be repeated, or some names take for ever", message)
+
+
+@pytest.mark.parametrize("selector", ["a" * 256, f"/{'a' * 254}/", f"{'a' * 255}*"])
+def test_a_selector_is_no_longer_than_a_name_can_be(write: Write, selector: str) -> None:
+    assert len(messages(write(f"domains: {{'{selector}': []}}"))) == 1
+    assert load_config(write(f"domains: {{'{'a' * 255}': []}}")).selectors
+
+
+# Hints
+
+
+@pytest.mark.xfail(strict=True, reason="the hint speaks of the line in which the parser stops")
+@pytest.mark.parametrize("name", ["colon_missing", "equals_sign", "colon_without_blank"])
+def test_of_a_missing_colon_the_line_above_is_named(name: str) -> None:
+    (problem,) = refusal_of(SAMPLES / "invalid" / f"{name}.yaml").problems
+    assert "line above" in problem.message
+
+
+@pytest.mark.xfail(strict=True, reason="what the parser expected instead is called a matter of indentation")
+@pytest.mark.parametrize("name", ["quote_within_a_quote", "bracket_too_many"])
+def test_a_bracket_or_quote_too_many_is_not_called_indentation(name: str) -> None:
+    (problem,) = refusal_of(SAMPLES / "invalid" / f"{name}.yaml").problems
+    assert "indentation" not in problem.message
+
+
+@pytest.mark.xfail(strict=True, reason="a policy's key in the place of its name is looked up among the policies only")
+def test_an_override_without_the_name_of_its_policy_is_called_so() -> None:
+    (message,) = messages(SAMPLES / "invalid" / "override_without_the_name_of_the_policy.yaml")
+    assert "unknown policy" not in message
+
+
+@pytest.mark.xfail(
+    strict=True, reason="the policy is complained of, and not the entry that uses it without an override"
+)
+def test_of_a_key_that_one_use_of_a_policy_lacks_that_use_is_named(write: Write) -> None:
+    text = "policies: {p: {schedule: daily}}\ndomains:\n  db01: {p: {keep: {last: 1}}}\n  db02: [p]\n"
+    (line,) = problems(write(text))
+    assert "db02" in line

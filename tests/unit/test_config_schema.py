@@ -18,20 +18,34 @@ EDITOR = jsonschema.Draft202012Validator(settings_schema())
 
 BEYOND_STRUCTURE = {
     "names that must exist elsewhere in the file": (
+        *("emoji_before_the_place", "extends_an_unknown_policy", "extends_an_unknown_policy_that_has_all"),
+        *("long_line_of_domains", "marks_without_width_before_the_place", "override_of_an_unknown_policy"),
         *("unknown_policy", "unknown_policy_where_there_is_none", "unknown_policy_without_likeness"),
+        *("wide_characters_before_the_place", "windows_line_ends_and_a_problem"),
     ),
     "time zones that the host knows": ("bad_timezone", "timezone_of_a_policy"),
     "times that never come": ("cron_out_of_range", "cron_step_beyond_range", "impossible_cron"),
-    "lengths that are too short or too long": (
-        *("hook_timeout_zero", "keep_within_zero", "max_age_zero", "max_pause_zero", "tick_too_long", "tick_too_short"),
-    ),
+    "lengths that are too short or too long": ("tick_too_long", "tick_too_short"),
     "keys that contradict each other, or need another": (
-        *("consistency_memory_alone", "internal_with_another_consistency", "internal_with_disks"),
+        *("base_without_schedule_on_a_domain", "consistency_memory_alone", "contradiction_with_what_it_extends"),
+        *("defaults_that_contradict_a_policy", "defaults_that_contradict_themselves"),
+        *("internal_with_another_consistency", "internal_with_disks"),
         *("internal_with_memory_live", "internal_with_overlay_directory", "keep_missing", "schedule_missing"),
         *("many_new_contradictions_in_file_order", "memory_live_with_another_consistency"),
-        *("memory_live_without_a_disk", "two_kinds_on_one_domain"),
+        *("memory_live_without_a_disk", "override_that_contradicts_what_its_policy_extends"),
+        *("override_that_repeats_a_contradiction", "override_to_another_kind", "policy_without_anything"),
+        *("schedule_missing_everywhere", "two_kinds_on_one_domain"),
     ),
-    "what is given twice": ("policy_named_twice", "uuid_twice"),
+    "policies that extend without end": (
+        *("extends_in_a_circle_of_three", "extends_in_a_circle_of_two", "extends_itself"),
+    ),
+    "what regular expressions mean and cost": (
+        *("regex_not_closed", "regex_that_looks_ahead", "regex_with_a_range_the_wrong_way", "regex_with_a_reference"),
+        *("regex_with_nested_repeats", "regex_with_too_many_repeats"),
+    ),
+    "a file that says nothing, which may be right in conf.d": ("empty", "only_comments"),
+    "passwords within a URI": ("password_in_connect",),
+    "what is given twice": ("uuid_twice",),
 }
 """Errors that the schema cannot know, by sample; ``check-config`` tells them."""
 

@@ -16,7 +16,11 @@ from tests.builders import an_inventory
 from tests.unit.test_metrics import a_fleet
 
 ROOT = Path(__file__).parents[2]
-BLOCKS = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+BLOCKS = [
+    block
+    for path in ("README.md", "config/README.md")
+    for block in re.findall(r"```yaml\n(.*?)```", (ROOT / path).read_text(), re.DOTALL)
+]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
@@ -39,7 +43,7 @@ def test_the_configuration_of_the_readme_is_valid_and_complete(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if "policies:" in block], ids=len)
-def test_every_policy_file_of_the_readme_is_valid(tmp_path: Path, block: str) -> None:
+def test_every_policy_file_of_the_documents_is_valid(tmp_path: Path, block: str) -> None:
     path = tmp_path / "kvmsnapd.yaml"
     path.write_text(block)
     assert load_config(path).warnings == ()

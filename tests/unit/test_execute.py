@@ -69,7 +69,7 @@ class Bench:
         self.uuid = self.fake.add(a_domain(**domain)).uuid  # type: ignore[arg-type]
         self.locks, self.intents = DomainLocks(directory / "locks"), FreezeIntents(directory / "frozen")
         self.events: list[Event] = []
-        self.current: Callable[[Pair], Policy | None] = lambda pair: pair.policy
+        self.current: Callable[[Pair], Pair | None] = lambda pair: pair
         self.restart()
 
     def restart(self) -> None:
@@ -1021,7 +1021,7 @@ def test_a_freeze_that_ended_in_an_unforeseen_error_is_thawed_later(bench: Bench
 
 
 def test_an_error_in_the_plan_of_a_run_is_no_exception_to_that(bench: Bench) -> None:
-    def broken(_pair: Pair) -> Policy | None:
+    def broken(_pair: Pair) -> Pair | None:
         raise KeyError(0)
 
     bench.current = broken
@@ -1056,7 +1056,7 @@ def test_a_pair_that_went_while_its_run_waited_is_left_alone(bench: Bench) -> No
 
 
 def test_a_run_goes_by_the_policy_that_is_in_force_when_it_has_the_lock(bench: Bench) -> None:
-    bench.current = lambda _pair: a_policy(consistency=ConsistencyRule.CRASH)
+    bench.current = lambda pair: replace(pair, policy=a_policy(consistency=ConsistencyRule.CRASH))
     bench.run()
     assert bench.said(SnapshotTaken)[0].consistency == "crash"
 

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from kvmsnapd.policy import Policy
 
 MIB = 2**20
 
@@ -134,10 +133,9 @@ def test_a_delete_does_not_wait_long_for_another_merge_on_its_storage(
 @pytest.mark.parametrize("change", ["another policy", "gone"])
 def test_a_configuration_that_changed_after_the_take_stops_all_deletes(bench: Bench, change: str) -> None:
     policy = replace(bench.policy, keep=a_policy(keep="last=9").keep)
-    now: Policy | None = policy if change == "another policy" else None
 
     def reload() -> None:
-        bench.current = lambda _pair: now
+        bench.current = lambda pair: replace(pair, policy=policy) if change == "another policy" else None
 
     bench.fake.before["take_snapshot"] = [reload]
     outcome = bench.run()
