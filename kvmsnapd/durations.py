@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from datetime import timedelta
 
-from kvmsnapd.errors import InvalidValueError
+from kvmsnapd.errors import InvalidValueError, shown
 
 # No months and years: how long they are depends on where one starts. Calendar retention counts periods.
 _SECONDS = {"w": 604800, "d": 86400, "h": 3600, "m": 60, "s": 1}
@@ -22,11 +22,11 @@ def parse_duration(text: str) -> timedelta:
         InvalidValueError: the text is of another form, or names more than a hundred years.
     """
     if not re.fullmatch(DURATION_PATTERN, text):
-        msg = f"{text!r} is not a duration: write a number with a unit, such as 90s, 15m, 36h, 7d or 1h30m"
+        msg = f"{shown(text)} is not a duration: write a number with a unit, such as 90s, 15m, 36h, 7d or 1h30m"
         raise InvalidValueError(msg)
     seconds = sum(int(number) * _SECONDS[unit] for number, unit in re.findall(r"([0-9]+) *([wdhms])", text))
     if seconds > _LONGEST.total_seconds():
-        msg = f"{text!r} is longer than a hundred years"
+        msg = f"{shown(text)} is longer than a hundred years"
         raise InvalidValueError(msg)
     return timedelta(seconds=seconds)
 

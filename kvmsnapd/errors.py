@@ -23,8 +23,22 @@ A refusal to touch a domain is not an error but an answer: see :class:`kvmsnapd.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import ClassVar
+
+_LONGEST_TEXT, _LONGEST_SHOWN = 1000, 60
+_PASSWORD = re.compile(r"(://[^/\s:@]*:)([^\s]+)@")  # of a URI; it may have slashes and more of @
+
+
+def shown(value: object) -> str:
+    """Return what somebody wrote, for a message: in quotes if it is text, cut if it is long."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str) and len(value) > _LONGEST_SHOWN:
+        return f"{value[:_LONGEST_SHOWN]!r}…"
+    text = repr(value)
+    return text if len(text) <= 2 * _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}…"
 
 
 class KvmsnapdError(Exception):
@@ -36,9 +50,6 @@ class InvalidValueError(KvmsnapdError, ValueError):
 
     Also a ``ValueError``, so that a pydantic validator may let it pass through.
     """
-
-
-_LONGEST_TEXT = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +69,11 @@ class Problem:
     """The line of the file, with a caret below."""
 
     def __post_init__(self) -> None:
-        """Keep every text short, and fit to be printed, whatever was in the file."""
+        """Keep every text short, fit to be printed, and without passwords, whatever was in the file."""
         for name in ("message", "file", "key", "excerpt"):
             text = getattr(self, name).encode("utf-8", "backslashreplace").decode()
-            text = text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]}…"
-            object.__setattr__(self, name, text)
+            text = _PASSWORD.sub(lambda match: match[1] + "*" * len(match[2]) + "@", text)
+            object.__setattr__(self, name, text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]}…")
 
     @property
     def place(self) -> str:

@@ -17,7 +17,7 @@ from re import _constants as op  # type: ignore[attr-defined]
 from re import _parser  # type: ignore[attr-defined]
 from typing import TYPE_CHECKING, Any
 
-from kvmsnapd.errors import InvalidValueError
+from kvmsnapd.errors import InvalidValueError, shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -133,13 +133,13 @@ def check_selector(selector: str) -> str:
             _compile(selector)
             repeats, ways = _choices(_parser.parse(selector[1:-1]))
         except (re.error, RecursionError, OverflowError, Warning) as error:
-            msg = f"{selector} is no regular expression: {error}"
+            msg = f"{shown(selector)} is no regular expression: {error}"
             raise InvalidValueError(msg) from error
         if comb(_LONGEST_NAME + repeats, repeats) * ways > _MOST_STEPS:
-            msg = f"{selector} takes too long to match some names: use fewer of * + ? {{}} |, or several entries"
+            msg = f"{shown(selector)} takes too long to match some names: use fewer of * + ? {{}} |, or several entries"
             raise InvalidValueError(msg)
     elif "/" in selector:
-        msg = f"{selector!r} fits no domain, no name has a slash; a regular expression begins and ends with one"
+        msg = f"{shown(selector)} fits no domain, no name has a slash; a regular expression begins and ends with one"
         raise InvalidValueError(msg)
     return selector
 

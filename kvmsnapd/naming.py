@@ -11,7 +11,7 @@ import json
 import re
 from datetime import UTC, datetime
 
-from kvmsnapd.errors import InvalidValueError
+from kvmsnapd.errors import InvalidValueError, shown
 from kvmsnapd.model import Consistency, Deleting, Hold, Kind, Mark, Unchanged
 
 FORMAT_VERSION = 1
@@ -42,7 +42,7 @@ def check_policy_name(name: str) -> str:
     """Return ``name`` unchanged if it can be a policy's name; raise InvalidValueError if it cannot."""
     if not is_policy_name(name):
         allowed = "use 1 to 32 letters, digits, '.', '_' or '-', the first a letter or digit"
-        msg = f"{name[:60]!r} cannot name a policy: {allowed}"
+        msg = f"{shown(name)} cannot name a policy: {allowed}"
         raise InvalidValueError(msg)
     return name
 

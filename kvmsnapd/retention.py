@@ -13,7 +13,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Final
 
 from kvmsnapd.durations import format_duration, parse_duration
-from kvmsnapd.errors import InvalidValueError
+from kvmsnapd.errors import InvalidValueError, shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
@@ -103,7 +103,7 @@ def parse_count(value: int | str) -> int:
         if count == 0:
             msg = "0 keeps nothing: write a whole number from 1, or all, or leave the rule out"
             raise InvalidValueError(msg)
-    msg = f"{value!r} is no count: write a whole number from 1, or all"
+    msg = f"{shown(value)} is no count: write a whole number from 1, or all"
     raise InvalidValueError(msg)
 
 
@@ -111,7 +111,7 @@ def parse_within(value: str) -> timedelta:
     """Return the length of a ``within`` rule; raise InvalidValueError for none or zero."""
     length = parse_duration(value)
     if not length:
-        msg = f"{value!r} keeps nothing: write a duration above zero, such as 36h, or leave the rule out"
+        msg = f"{shown(value)} keeps nothing: write a duration above zero, such as 36h, or leave the rule out"
         raise InvalidValueError(msg)
     return length
 
@@ -123,10 +123,10 @@ def parse_keep(text: str) -> KeepRules:
     for word in text.replace(",", " ").split():
         name, equals, value = word.partition("=")
         if not equals or name not in known:
-            msg = f"{word!r} is no keep rule: write RULE=COUNT, with RULE one of {', '.join(known)}"
+            msg = f"{shown(word)} is no keep rule: write RULE=COUNT, with RULE one of {', '.join(known)}"
             raise InvalidValueError(msg)
         if name in given:
-            msg = f"keep rule {name!r} is given twice"
+            msg = f"keep rule {shown(name)} is given twice"
             raise InvalidValueError(msg)
         given[name] = parse_within(value) if name == "within" else parse_count(value)
     return KeepRules(**given)  # type: ignore[arg-type]

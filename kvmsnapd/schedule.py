@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 from cronsim import CronSim, CronSimError
 
 from kvmsnapd.durations import parse_duration
-from kvmsnapd.errors import InvalidValueError
+from kvmsnapd.errors import InvalidValueError, shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -162,7 +162,7 @@ def parse_schedule(text: str, timezone: ZoneInfo) -> Schedule:
     if written.startswith("every "):
         every = parse_duration(written.removeprefix("every "))
         if every < _SECOND:
-            msg = f"schedule {text!r}: the interval must be at least one second"
+            msg = f"schedule {shown(text)}: the interval must be at least one second"
             raise InvalidValueError(msg)
         return Schedule(written, timezone, every=every)
     cron = ALIASES.get(written.removeprefix("@"), written)
@@ -170,7 +170,7 @@ def parse_schedule(text: str, timezone: ZoneInfo) -> Schedule:
     # cronsim would read six fields as seconds, and a step beyond the range as one that never steps.
     if len(fields) != 5:  # noqa: PLR2004
         msg = (
-            f"schedule {text!r} is none of {', '.join(ALIASES)}, 'every 15m', or five cron fields "
+            f"schedule {shown(text)} is none of {', '.join(ALIASES)}, 'every 15m', or five cron fields "
             "(minute hour day month weekday) such as '7 * * * *'"
         )
         raise InvalidValueError(msg)
@@ -178,12 +178,12 @@ def parse_schedule(text: str, timezone: ZoneInfo) -> Schedule:
         for part in field.split(","):
             step = part.partition("/")[2]
             if step.isdecimal() and (len(step) > 2 or int(step) > size):  # noqa: PLR2004
-                msg = f"schedule {text!r}: step /{step} is larger than the field's range of {size}"
+                msg = f"schedule {shown(text)}: step /{step} is larger than the field's range of {size}"
                 raise InvalidValueError(msg)
     try:
         next(CronSim(cron, _EPOCH.astimezone(timezone)))
     except (CronSimError, StopIteration) as error:
-        msg = f"schedule {text!r} is no cron expression that ever fires: {str(error) or 'no such date'}"
+        msg = f"schedule {shown(text)} is no cron expression that ever fires: {str(error) or 'no such date'}"
         raise InvalidValueError(msg) from error
     return Schedule(written, timezone, cron=cron)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from kvmsnapd.config.models import LogSettings, MetricsSettings, PolicyKeys, Settings
 from kvmsnapd.config.problems import unknown_key
+from kvmsnapd.config.yaml_document import printable
 from kvmsnapd.errors import Problem
 
 if TYPE_CHECKING:
@@ -40,8 +41,10 @@ def read_environment() -> Environment:
         if variable.upper().startswith(prefix):
             location = tuple(variable[len(prefix) :].lower().split("__"))
             wrong = _wrong(location, prefix) if _is_text(variable) else "is not UTF-8 text"
+            if location in environment.variables:
+                wrong = f"gives the same as {environment.variables[location]}; unset one of them"
             if wrong:
-                environment.problems.append(Problem(wrong, f"environment {variable}"))
+                environment.problems.append(Problem(wrong, f"environment {printable(variable)}"))
             else:
                 environment.variables[location] = variable
     return environment

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BeforeValidator, ByteSize, PlainSerializer,
 from pydantic_core import core_schema
 
 from kvmsnapd.durations import DURATION_PATTERN, format_duration, parse_duration
-from kvmsnapd.errors import InvalidValueError
+from kvmsnapd.errors import InvalidValueError, shown
 from kvmsnapd.matching import check_selector
 from kvmsnapd.naming import POLICY_NAME_PATTERN, check_policy_name
 from kvmsnapd.retention import ALL, parse_count, parse_within
@@ -31,21 +31,13 @@ _SWITCHES: dict[bool | str, bool] = {
     **dict.fromkeys((True, "true", "yes", "on"), True),
     **dict.fromkeys((False, "false", "no", "off"), False),
 }
-_LONGEST_SHOWN = 60
+_LONGEST_WORD = 60
 _MOST_COMPARED = 1000
-
-
-def shown(value: object) -> str:
-    """Return what was written, in quotes if it is text, cut if it is long."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    text = repr(value if not isinstance(value, str) else value[: 2 * _LONGEST_SHOWN])
-    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}…"
 
 
 def suggest(word: str, known: list[str]) -> str:
     """Return the end of a sentence: the nearest known word, if there is one."""
-    if len(word) > _LONGEST_SHOWN or len(known) > _MOST_COMPARED:  # comparing takes its time
+    if len(word) > _LONGEST_WORD or len(known) > _MOST_COMPARED:  # comparing takes its time
         return "."
     close = get_close_matches(word, known, n=1) or get_close_matches(word.lower(), known, n=1)
     return f"; did you mean `{close[0]}`?" if close else "."
@@ -96,6 +88,9 @@ class OrEmpty:
 def _count(value: Any) -> Any:  # noqa: ANN401
     if isinstance(value, bool) or not isinstance(value, (int, str)):
         msg = "write a whole number from 1, or all"
+        raise InvalidValueError(msg)
+    if isinstance(value, str) and re.fullmatch("0[0-9]+", value):
+        msg = f"write a whole number without 0 in front, not {shown(value)}"
         raise InvalidValueError(msg)
     return parse_count(value)
 
@@ -173,7 +168,7 @@ def _no_secret(value: str) -> str:
     if not value:
         msg = "write a URI of libvirt, such as qemu:///system"
         raise InvalidValueError(msg)
-    if re.match(r"[^/]*://[^/@]*:[^/@]*@", value):
+    if re.match(r"[^/]*://[^/@:]*:.*@", value):
         msg = "a password does not belong into a file that others may read; libvirt takes it from its auth.conf"
         raise InvalidValueError(msg)
     return value

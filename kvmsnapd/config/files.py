@@ -8,6 +8,7 @@ import stat
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from kvmsnapd.config.problems import not_a_section
 from kvmsnapd.config.yaml_document import MOST_NODES, Document, parse_yaml
 from kvmsnapd.errors import ConfigError, Problem
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 _MOST_BYTES = 4 * 2**20
 _MOST_FILES = 1000
-_MERGED = ("policies", "domains", "defaults", "metrics", "log")
+SECTIONS = ("policies", "domains", "defaults", "metrics", "log")
 """Sections of which each file may give some entries."""
 
 Contents = list[tuple["Path", bytes]]
@@ -61,7 +62,7 @@ class Sources:
                 self._holders[key,] = document
                 if isinstance(value, dict):
                     self._holders.update({(key, entry): document for entry in value})
-            elif key not in _MERGED:
+            elif key not in SECTIONS:
                 self._conflict((key,), document)
             elif isinstance(known, dict) and isinstance(value, dict):
                 for entry, content in value.items():
@@ -72,7 +73,8 @@ class Sources:
                         self._holders[key, entry] = document
             elif value is not None:
                 wrong = document if isinstance(known, dict) else self._holders[key,]
-                self.problems.append(wrong.problem(wrong.span((key,)), "write `key: value` lines below it", (key,)))
+                given = value if wrong is document else known
+                self.problems.append(wrong.problem(wrong.span((key,)), not_a_section(given), (key,)))
 
     def _holder(self, location: Location) -> Document:
         first = self._holders.get(location[:1], self.documents[0])
@@ -157,7 +159,7 @@ def _list_parts(path: Path) -> tuple[list[Path], list[str]]:
 
 def _check_owner(status: os.stat_result, file: Path, main: Path) -> None:
     """Refuse what other users can change: hooks run with our rights."""
-    trusted = {0, os.geteuid(), main.stat().st_uid}
+    trusted = {0, os.geteuid(), *([main.stat().st_uid] if main.exists() else [])}
     if status.st_mode & stat.S_IWOTH:
         raise ConfigError([Problem("can be written to by everybody; `chmod o-w` it; nothing was changed", str(file))])
     if status.st_uid not in trusted:
@@ -192,4 +194,6 @@ def _decode(path: Path, content: bytes) -> str:
         before = content[: error.start].decode()
         line = before.count("\n") + 1
         column = len(before) - before.rfind("\n")
-        raise ConfigError([Problem(f"is not UTF-8 text: {error.reason}", str(path), line, column)]) from error
+        raise ConfigError(
+            [Problem(f"is not UTF-8 text ({error.reason}); save it as UTF-8", str(path), line, column)]
+        ) from error

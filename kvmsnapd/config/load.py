@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from kvmsnapd.config.environment import Environment, read_environment
-from kvmsnapd.config.files import Contents, Sources, parse_contents, read_contents
+from kvmsnapd.config.files import SECTIONS, Contents, Sources, parse_contents, read_contents
 from kvmsnapd.config.models import Settings
-from kvmsnapd.config.problems import MOST_TOLD, Complaint, complaint_of, unknown_key, unknown_policies
+from kvmsnapd.config.problems import MOST_TOLD, Complaint, complaint_of, not_a_section, unknown_key, unknown_policies
 from kvmsnapd.config.resolve import Policies, resolve, resolve_keys
 from kvmsnapd.durations import format_duration
 from kvmsnapd.errors import ConfigError, Problem
@@ -157,12 +157,16 @@ def load_contents(contents: Contents, warnings: Iterable[str] = ()) -> Config:
     # pydantic-settings does not mind capitals, and has options that begin with an underscore.
     data = {key: value for key, value in sources.data.items() if key in Settings.model_fields}
     complaints = [Complaint((key,), unknown_key(key, ()), of_key=True) for key in sources.data if key not in data]
+    # Else a variable's key would take the place of whatever is there.
+    other = [name for name in SECTIONS if not isinstance(data.get(name), (dict, type(None)))]
+    wrong = [Complaint((name,), not_a_section(data.pop(name))) for name in other]
     problems = [*environment.problems, *sources.problems]
     policies = Policies()
-    if sources.whole and not sources.data:
+    if sources.whole and not sources.data and not sources.problems:
         message = "says nothing at all; for a host on which nothing is to be protected write `domains: {}`"
         problems.append(Problem(message, str(contents[0][0])))
-    settings, wrong = _validate(data, use_environment=not environment.problems)
+    settings, more = _validate(data, use_environment=not environment.problems)
+    wrong += more
     if settings is None:
         settings, _ = _validate(_without(data, wrong), use_environment=False)
     if sources.whole:  # else names may be missing that the rest of a file has
@@ -176,7 +180,7 @@ def load_contents(contents: Contents, warnings: Iterable[str] = ()) -> Config:
         complaints += wrong
     problems += [_place(complaint, sources, environment) for complaint in complaints]
     if settings is None or problems:
-        raise ConfigError(_in_order(problems, sources))
+        raise ConfigError(_in_order(problems, contents))
     return Config(
         path=contents[0][0],
         settings=settings,
@@ -210,6 +214,8 @@ def _without(data: dict[str, Any], wrong: Iterable[Complaint]) -> dict[str, Any]
             holder[location[-1]] = "0"
         elif isinstance(holder, dict) and location[-1] in _STAND_INS:
             holder[location[-1]] = _STAND_INS[str(location[-1])]
+        elif isinstance(holder, dict) and location[:-1] == ("policies",) and not complaint.of_key:
+            holder[location[-1]] = dict(_STAND_INS)
         elif isinstance(holder, dict):
             holder.pop(location[-1], None)
     return rest
@@ -239,14 +245,14 @@ def _place(complaint: Complaint, sources: Sources, environment: Environment) -> 
     return sources.problem(complaint.location, message, of_key=complaint.of_key)
 
 
-def _in_order(problems: Iterable[Problem], sources: Sources) -> list[Problem]:
+def _in_order(problems: Iterable[Problem], contents: Contents) -> list[Problem]:
     """Return the problems sorted by place: those of the environment first, then file by file; each once."""
-    rank = {document.path: index for index, document in enumerate(sources.documents)}
+    rank = {str(path): index for index, (path, _) in enumerate(contents)}
     # What an alias repeats is told once, by the path that comes first.
     once = {(p.file, p.line, p.column, p.message): p for p in reversed(list(problems))}.values()
     ordered = sorted(once, key=lambda p: (rank.get(p.file, -1), p.line, p.column, p.message))
     if len(ordered) > MOST_TOLD:
-        more = Problem(f"and {len(ordered) - MOST_TOLD} more problems", sources.documents[0].path)
+        more = Problem(f"and {len(ordered) - MOST_TOLD} more problems", str(contents[0][0]))
         return [*ordered[:MOST_TOLD], more]
     return ordered
 

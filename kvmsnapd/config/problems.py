@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 from pydantic import BaseModel
 
-from kvmsnapd.config.fields import shown, suggest
+from kvmsnapd.config.fields import suggest
 from kvmsnapd.config.models import KeepSettings, PolicyKeys, PolicySettings, Settings
 from kvmsnapd.config.yaml_document import printable
-from kvmsnapd.errors import InvalidValueError
+from kvmsnapd.errors import InvalidValueError, shown
 from kvmsnapd.naming import is_policy_name
 
 if TYPE_CHECKING:
@@ -80,18 +80,28 @@ def _describe(error: ErrorDetails, location: Location) -> str:
     if kind in {"literal_error", "enum"}:
         allowed = [word.strip("' ") for word in context["expected"].replace(" or ", ", ").split(",")]
         near = suggest(given, allowed).rstrip(".") if isinstance(given, str) else ""
-        return f"write one of {', '.join(f'`{word}`' for word in allowed)}, not {_told(given)}{near}"
-    words = _DOMAIN_WORDS.get(kind) if location[0] == "domains" else None
+        words = f"write one of {', '.join(f'`{word}`' for word in allowed)}"
+        return f"{words}, not {_told(given)}{near}" if given is not None else f"{words}; nothing is written here"
+    special = _DOMAIN_WORDS.get(kind) if location[0] == "domains" else None
     if kind in {"greater_than_equal", "less_than_equal"}:
-        words = f"write a number {'from' if 'ge' in context else 'up to'} {context.get('ge', context.get('le'))}"
-    words = words or _WORDS.get(kind, f"{error['msg'][:1].lower()}{error['msg'][1:]}")
+        special = f"write a number {'from' if 'ge' in context else 'up to'} {context.get('ge', context.get('le'))}"
+    if kind == "string_type" and location[-1] == "extends":
+        special = "write the name of one policy"
+    words = special or _WORDS.get(kind, f"{error['msg'][:1].lower()}{error['msg'][1:]}")
+    if given is None:
+        return f"{words}; nothing is written here"
     return f"{words}, not {_told(given)}" if _told(given) and kind != "too_short" else words
+
+
+def not_a_section(given: Any) -> str:  # noqa: ANN401
+    """Return what is wrong with a section that is none."""
+    return f"{_WORDS['model_type']}, not {_told(given)}"
 
 
 def _told(given: Any) -> str:  # noqa: ANN401
     """Return what was written, in a word; nothing for a section."""
-    if given is None or isinstance(given, list):
-        return "nothing" if given is None else "a list"
+    if isinstance(given, list):
+        return "a list"
     return shown(given) if isinstance(given, (str, int, float)) else ""
 
 
@@ -103,8 +113,8 @@ def unknown_key(key: str, section: Location) -> str:
         return "merge keys are not understood here; say `extends: POLICY` in a policy, or put it under `defaults`"
     if key == "extends":
         near = "; it belongs to a policy under policies."
-    elif near == "." and key in KeepSettings.model_fields and "keep" in names:
-        near = "; it belongs below `keep`."
+    elif near == "." and key in KeepSettings.model_fields and ("keep" in names or not section):
+        near = "; it belongs below `keep` of a policy."
     elif near == "." and key in PolicySettings.model_fields and section[:1] != ("policies",):
         near = "; it belongs to a policy, or under defaults."
     elif near == "." and key in Settings.model_fields:
@@ -134,11 +144,17 @@ def unknown_policies(data: dict[str, Any]) -> list[Complaint]:
     return [
         Complaint(
             location,
-            f"unknown policy `{printable(name[:60])}`{suggest(name, known if index < MOST_TOLD else [])} {spelled}",
+            _unknown_policy(name, location, known if index < MOST_TOLD else [], spelled),
             of_key=location[0] == "domains" and location[2] == name,
         )
         for index, (location, name) in enumerate(unknown)
     ]
+
+
+def _unknown_policy(name: str, location: Location, known: list[str], spelled: str) -> str:
+    if location[0] == "domains" and location[-1] == name and name in PolicyKeys.model_fields:
+        return f"`{name}` is a key of a policy; write the policy's name above it, as {{standard: {{{name}: …}}}}"
+    return f"unknown policy `{printable(name[:60])}`{suggest(name, known)} {spelled}"
 
 
 def _model_at(section: Location) -> type[BaseModel]:

@@ -157,7 +157,7 @@ def _select(settings: Settings, selector: str, names: list[str], answer: Policie
             chosen.append(policy)
     if len({policy.kind for policy in chosen}) > 1:
         kinds = ", ".join(f"{policy.name} is {policy.kind}" for policy in chosen)
-        problem = f"a domain has one kind of snapshot, for ever, and {kinds}; mixing kinds loses data"
+        problem = f"a domain has one kind of snapshot, for ever, and {kinds}; give them one kind, or take one out"
         answer.complaints.append(Complaint(("domains", selector), problem))
     known = selector.lower() if is_uuid(selector) else selector
     if known in answer.selectors:
@@ -175,9 +175,15 @@ def _make(settings: Settings, name: str, selector: str | None, answer: Policies,
     complaints = list(_contradictions(resolved))
     missing = [key for key in _NEEDED if key not in resolved.origins]
     if missing and must:
-        text = "is missing: give it here, in defaults, or in what it extends"
+        user = f"; `{format_key(('domains', selector))}` uses it without" if selector else ""
+        text = f"is missing: give it here, in defaults, in what it extends, or in each domain's entry{user}"
         places = tuple(place for place, _ in _places(settings, name, selector))
-        complaints += [Complaint(("policies", name, key), f"`{key}` {text}", inputs=places) for key in missing]
+        told = {complaint.location for complaint in answer.complaints}
+        complaints += [
+            Complaint(("policies", name, key), f"`{key}` {text}", inputs=places)
+            for key in missing
+            if ("policies", name, key) not in told
+        ]
     answer.complaints += complaints
     return None if complaints or missing else resolved.to_policy(name, settings.timezone)
 

@@ -31,7 +31,6 @@ _WORDS = {"true": True, "false": False, "null": None, "~": None, "": None}
 _LINE_BREAK = re.compile("\r\n|[\n\r\x85\u2028\u2029]")  # those of YAML 1.1, by which the parser counts lines
 _FORBIDDEN = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # YAML 1.1, 5.1
 _WIDEST_EXCERPT = 110
-_PASSWORD = re.compile(r"(://[^/\s:@]*:)([^/\s@]+)@")
 _MOST_PROBLEMS = 200  # more than are told
 _LONGEST_KEY = 255
 _HINTS = {
@@ -43,6 +42,7 @@ _HINTS = {
 }
 """What to do about some of the parser's complaints."""
 
+_QUOTE = 'what begins with * or @ must be quoted, such as schedule: "* * * * *" or "*-web": [standard]'
 _ENDED = "found unexpected end of stream"
 _OPENED = {
     "while parsing a flow mapping": "this brace",
@@ -88,7 +88,6 @@ class Document:
     def _excerpt(self, span: Span) -> str:
         """Return the line with a caret below, or the part of a long one that is around the place."""
         line = self.lines[span.line - 1] if span.line <= len(self.lines) else ""
-        line = _PASSWORD.sub(lambda match: match[1] + "*" * len(match[2]) + "@", line)
         at = span.column - 1
         start = max(0, at - _WIDEST_EXCERPT // 2) if len(line) > _WIDEST_EXCERPT else 0
         part = printable(line[start:][:_WIDEST_EXCERPT].replace("\t", " "))
@@ -182,7 +181,9 @@ class _Reader:
         self._nodes += 1
         self._document.values[location] = _span(node)
         if self._nodes > MOST_NODES or len(location) > _DEEPEST:  # aliases make a small file enormous, or endless
-            message = f"more than {MOST_NODES} values or {_DEEPEST} levels, aliases counted in full"
+            message = f"more than {MOST_NODES} values, aliases counted in full"
+            if len(location) > _DEEPEST:
+                message = f"nested more than {_DEEPEST} deep, or an alias of what contains itself"
             raise ConfigError([self._document.problem(self._document.span(location[:1], of_key=True), message)])
         if node.tag != "!" and not str(node.tag).startswith(_KNOWN_TAGS):
             self._report(_span(node), f"tag {node.tag} is not understood; remove it", location)
@@ -253,10 +254,18 @@ def _explain(document: Document, error: yaml.MarkedYAMLError) -> Problem:
         return document.problem(place, f"not YAML: {_OPENED[str(error.context)]} is not closed by line {span.line}")
     source = document.lines[span.line - 1] if span.line <= len(document.lines) else ""
     hint = _HINTS.get(problem, "")
+    above = document.lines[span.line - 2].partition(" #")[0].rstrip() if span.line > 1 else ""
+    before = source[: span.column - 1].rstrip()
     if re.search(r"(^|[:\-\[{,])\s*[*@]", source):
-        hint = '; what begins with * or @ must be quoted, such as schedule: "* * * * *" or "*-web": [standard]'
-    elif "\t" in source:
+        return document.problem(span, f"not YAML: {_QUOTE}")
+    if "\t" in source:
         hint = "; indent with spaces, not with tabs"
+    elif "\xa0" in source + above:
+        hint = "; there is a no-break space (U+00A0) in this line or the one above, write a blank"
+    elif problem.startswith("mapping values") and above and not above.endswith(":") and ": " not in above:
+        hint = "; the line above lacks a colon, or the blank after it"
+    elif problem == "did not find expected key" and before and before[-1] in "\"'])}":
+        hint = "; there is a bracket or quote too many, or use the other kind of quotes"
     elif opened and opened.line + 1 < span.line and str(error.context).startswith("while"):
         hint = f" ({error.context}, begun in line {opened.line + 1}){hint}"
     return document.problem(span, f"not YAML: {problem}{hint}")

@@ -112,7 +112,7 @@ def test_health_is_answered_and_other_paths_are_not(daemon: DaemonProcess) -> No
 @pytest.mark.parametrize(
     ("content", "code", "words"),
     [
-        ("policies: [", 78, ":1:1: not YAML"),
+        ("policies: [", 78, ":1:12: not YAML"),
         ("policies: {p: {schedule: hourly, keep: {}}}", 78, "keep has no rule"),
         (None, 78, "cannot be read"),
         ("runtime_directory: /proc/kvmsnapd\nmetrics: {enabled: false}", 1, "cannot use /proc/kvmsnapd"),

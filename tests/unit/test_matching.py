@@ -172,10 +172,10 @@ def test_what_can_select_domains_is_accepted_as_it_is(selector: str) -> None:
         ("/(a+)+/", "may be repeated"),
         ("/(a|aa)*/", "may be repeated"),
         ("/.*a.*b.*c.*d/", "too long to match"),
-        ("/" + "([^b]|[^c]|[^d])" * 18 + "x/", "too long to match"),
+        ("/" + "(a|b|aa)" * 18 + "x/", "too long to match"),
         (r"/(a)\1/", "not understood here"),
         ("/a(?=b)/", "not understood here"),
-        ("/" + "(" * 5000 + ")" * 5000 + "/", "no regular expression"),
+        ("/" + "(" * 5000 + ")" * 5000 + "/", "up to 255 characters"),
     ],
 )
 def test_a_selector_that_fits_nothing_or_may_match_for_ever_is_refused(selector: str, words: str) -> None:
@@ -184,7 +184,7 @@ def test_a_selector_that_fits_nothing_or_may_match_for_ever_is_refused(selector:
 
 
 def test_the_slowest_expression_that_is_accepted_is_fast_enough_on_the_longest_name() -> None:
-    for pattern in ("/.*a.*a.*b/", "/" + "([^b]|[^c]|[^d])" * 15 + "x/", "/(.*|.+)a.*b/"):
+    for pattern in ("/.*a.*a.*b/", "/" + "([^b]|[^c]|[^d])" * 14 + "x/", "/(.*|.+)a.*b/"):
         started = time.process_time()
         assert not fits(check_selector(pattern), "a" * 255)
         assert time.process_time() - started < 30  # half a second here; without the limit it would not end

@@ -153,6 +153,7 @@ class Tail:
         raise AssertionError(msg)
 
 
+@pytest.mark.slow
 def test_in_a_storm_of_reloads_no_run_is_lost_and_none_doubled(start: Start, tmp_path: Path) -> None:
     daemon = start(write_test_host(tmp_path, {f"db0{n}": True for n in range(1, 5)}), stormy(0))
     daemon.wait_for(lambda: len(slots_of(daemon)) == 5)
@@ -202,6 +203,7 @@ def keeping(rule: str) -> str:
     )
 
 
+@pytest.mark.slow
 def test_a_retention_that_shrinks_deletes_nothing_beyond_the_fuse_and_shows_what_waits(
     start: Start, tmp_path: Path
 ) -> None:
@@ -252,6 +254,7 @@ def test_a_retention_that_shrinks_deletes_nothing_beyond_the_fuse_and_shows_what
 WATCHED = "policies:\n  p: {schedule: every 1h, keep: {last: 2}, kind: internal}\ndomains: {db01: [p]}\n"
 
 
+@pytest.mark.slow
 def test_a_watched_edit_is_loaded_by_itself_once_and_whole(start: Start, tmp_path: Path) -> None:
     daemon = start(write_test_host(tmp_path, {"db01": True}), WATCHED)
     daemon.wait_for(lambda: daemon.events("jobs.changed"))
@@ -288,6 +291,7 @@ def test_a_watched_edit_is_loaded_by_itself_once_and_whole(start: Start, tmp_pat
     assert daemon.metrics()["kvmsnapd_config_stale",] == 0
 
 
+@pytest.mark.slow
 def test_without_watch_an_edit_only_shows_as_stale_until_it_is_undone(start: Start, tmp_path: Path) -> None:
     daemon = start(write_test_host(tmp_path, {"db01": True}), WATCHED)
     before = daemon.config.read_text()
@@ -307,6 +311,7 @@ def test_without_watch_an_edit_only_shows_as_stale_until_it_is_undone(start: Sta
 # A refusal is told everywhere
 
 
+@pytest.mark.slow
 def test_a_refused_edit_is_told_in_the_log_the_metrics_and_by_status(
     start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

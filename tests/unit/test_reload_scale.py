@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     from kvmsnapd.policy import Policy
 
+pytestmark = pytest.mark.slow
+
 DOMAINS, POLICIES, OF_EACH = 5_000, 50, 2
 
 
