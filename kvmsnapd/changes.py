@@ -6,17 +6,19 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from kvmsnapd.daemon_events import DomainPoliciesChanged
+from kvmsnapd.errors import ConfigError, Problem
 from kvmsnapd.fleet import explain_coverage
 from kvmsnapd.plan import due_for, judge, owed_by
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
     from datetime import datetime
 
     from kvmsnapd.fleet import Fleet, Pair
     from kvmsnapd.model import Inventory
     from kvmsnapd.policy import Policy
 
+_MOST_NAMED = 10
 _WRITTEN = {"memory_live": "memory", "min_free_bytes": "min_free"}
 """Settings that have another name in the configuration."""
 
@@ -46,6 +48,7 @@ def compare_policies(before: Mapping[str, Policy], after: Mapping[str, Policy]) 
 def compare_fleets(before: Fleet, after: Fleet, *, now: datetime) -> tuple[DomainPoliciesChanged, ...]:
     """Return what changes for each domain to which something else applies, both fleets being of the same domains."""
     old, new = _by_domain(before), _by_domain(after)
+    unprotected = {a.domain_uuid for a in after.unprotected()}
     coverages = {a.domain_uuid: explain_coverage(a) for a in after.assignments}
     changes = []
     for domain in after.domains:
@@ -57,6 +60,7 @@ def compare_fleets(before: Fleet, after: Fleet, *, now: datetime) -> tuple[Domai
             domain=domain.name,
             domain_uuid=domain.uuid,
             coverage=coverages[domain.uuid],
+            unprotected=bool(was) and domain.uuid in unprotected,
             gained=gained,
             lost=lost,
             changed={name: _differing(was[name].policy, becomes[name].policy) for name in both},
@@ -71,6 +75,21 @@ def compare_fleets(before: Fleet, after: Fleet, *, now: datetime) -> tuple[Domai
         if change.gained or change.lost or change.changed:
             changes.append(change)
     return tuple(changes)
+
+
+def refuse_loss(changes: Iterable[DomainPoliciesChanged], path: str) -> None:
+    """Refuse a configuration that nobody asked for and that leaves domains without protection.
+
+    A file that is being written, or was cut off by a full disk, looks like that.
+
+    Raises:
+        ConfigError: it does.
+    """
+    lost = [change.domain for change in changes if change.unprotected]
+    if lost:
+        named = ", ".join(lost[:_MOST_NAMED]) + (f" and {len(lost) - _MOST_NAMED} more" if lost[_MOST_NAMED:] else "")
+        message = f"leaves {named} without protection; reload by hand if this is meant (systemctl reload kvmsnapd)"
+        raise ConfigError([Problem(message, path)])
 
 
 def _newly_released(domain: Inventory, before: Pair | None, after: Pair, now: datetime) -> set[str]:

@@ -7,10 +7,11 @@ import signal
 import threading
 import time
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import TYPE_CHECKING
 
 from kvmsnapd.audit import publish_audit
-from kvmsnapd.changes import compare_fleets, compare_policies
+from kvmsnapd.changes import compare_fleets, compare_policies, refuse_loss
 from kvmsnapd.config import NEEDS_RESTART
 from kvmsnapd.daemon_events import (
     ConfigLoaded,
@@ -24,7 +25,7 @@ from kvmsnapd.daemon_events import (
 from kvmsnapd.errors import ConfigError, HypervisorError, KvmsnapdError
 from kvmsnapd.events import RunSkipped
 from kvmsnapd.execute import PATIENCE, Executor
-from kvmsnapd.fleet import survey
+from kvmsnapd.fleet import survey, waiting_slots
 from kvmsnapd.gates import HostGate, StorageGates
 from kvmsnapd.http_server import MetricsServer
 from kvmsnapd.libvirt_host import LibvirtHost
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from kvmsnapd.config import Config
     from kvmsnapd.daemon_events import DomainPoliciesChanged
     from kvmsnapd.events import Event, Publish
-    from kvmsnapd.fleet import Fleet, Pair
+    from kvmsnapd.fleet import Fleet, Pair, WaitingSlot
     from kvmsnapd.model import Inventory
 
 DRAIN = timedelta(seconds=60)
@@ -128,6 +129,7 @@ class Daemon:
         self._scheduler = JobScheduler(self._run_pair, workers=settings.workers + _STUCK_RUNS)
         self._pairs: dict[str, Pair] = {}
         self._retries = Retries()
+        self._waiting: dict[str, WaitingSlot] = {}
         self._thawing: threading.Thread | None = None
         self._missed: dict[str, datetime] = {}
         self._stopping = threading.Event()
@@ -156,7 +158,7 @@ class Daemon:
             received = signal.sigtimedwait(_SIGNALS, pause)
             if received and received.si_signo != signal.SIGHUP:
                 break
-            if received or self._live.look():
+            if received or self._look():
                 self._reload(asked=bool(received))
         self._stopping.set()
         self._tick_wanted.set()
@@ -223,7 +225,18 @@ class Daemon:
         connected, self._libvirt_up, self._last_tick_at = not self._libvirt_up, True, now
         if connected:
             self._publish(LibvirtConnected(uri=self._uri, driver=capabilities.driver, version=capabilities.version))
-            threading.Thread(target=self._audit, args=(fleet, now), name="audit", daemon=True).start()
+            # A large host takes seconds to read, so beside the tick; once per connection.
+            audit = partial(
+                publish_audit,
+                self._publish,
+                self._host,
+                fleet,
+                intents=self._intents.outstanding,
+                now=now,
+                locks=self._executor.locks,
+                policies=self._live.current.all_policies,
+            )
+            threading.Thread(target=audit, name="audit", daemon=True).start()
         # An agent may take long to answer, or never answer; that must not hold up the tick.
         if self._intents.outstanding() and not (self._thawing and self._thawing.is_alive()):
             self._thawing = threading.Thread(target=self._executor.thawer.thaw_all, name="thaw", daemon=True)
@@ -241,18 +254,6 @@ class Daemon:
         changes = self._scheduler.sync(wanted)
         if changes:
             self._publish(JobsChanged(added=changes.added, changed=changes.changed, removed=changes.removed))
-
-    def _audit(self, fleet: Fleet, now: datetime) -> None:
-        """Report what is wrong, once per connection; a large host takes seconds to read, so beside the tick."""
-        publish_audit(
-            self._publish,
-            self._host,
-            fleet,
-            intents=self._intents.outstanding,
-            now=now,
-            locks=self._executor.locks,
-            policies=self._live.current.all_policies,
-        )
 
     def _report_missed(self, pair: Pair) -> None:
         """Publish a slot that was given up, once."""
@@ -280,6 +281,13 @@ class Daemon:
 
     # Configuration
 
+    def _look(self) -> bool:
+        try:
+            return self._live.look()
+        except Exception:  # the main thread must not end
+            logging.getLogger(__name__).exception("the files of the configuration could not be looked at")
+            return False
+
     def _reload(self, *, asked: bool) -> None:
         """Read the configuration anew; on any error the one in force stays, untouched."""
         before, now = self._live.current, read_clock()
@@ -288,11 +296,11 @@ class Daemon:
             if config is None:
                 return
             with self._swap:
-                changes = self._go_over_to(config, now)
+                changes = self._go_over_to(config, now, asked=asked)
         except Exception as error:  # whatever it is, the daemon goes on with what it has
             if not isinstance(error, ConfigError):
                 logging.getLogger(__name__).exception("reload ended in an unforeseen error")
-                self._live.reject(error)
+            self._live.reject(error)
             self._publish(ConfigRejected(path=str(self._live.path), problems=self._live.rejected))
             return
         configure_logging(level=config.settings.log.level, form=config.settings.log.format)
@@ -303,7 +311,7 @@ class Daemon:
             self._publish(change)
         self._tick_wanted.set()
 
-    def _go_over_to(self, config: Config, now: datetime) -> tuple[DomainPoliciesChanged, ...]:
+    def _go_over_to(self, config: Config, now: datetime, *, asked: bool) -> tuple[DomainPoliciesChanged, ...]:
         """Put a configuration in force for the domains as last seen; all of it, or nothing if there is an error.
 
         At once, not with the next tick: a run that begins before that must not go by the old one.
@@ -311,15 +319,19 @@ class Daemon:
         if not self._fleet:
             self._live.replace(config)
             return ()
-        fleet = self._survey(config, self._fleet.domains, now)
-        changes = compare_fleets(self._fleet, fleet, now=now)
+        before, inventory = self._fleet, self._fleet.domains
+        after = survey(config.expected_policies, config.selectors, inventory, now=now)
+        self._waiting = waiting_slots(before, after, now=now)
+        after = self._survey(config, inventory, now)
+        changes = compare_fleets(before, after, now=now)
+        if not asked:
+            refuse_loss(changes, str(self._live.path))
         self._live.replace(config)
-        self._take_over(fleet)
+        self._take_over(after)
         return changes
 
-    @staticmethod
-    def _survey(config: Config, inventory: Iterable[Inventory], now: datetime) -> Fleet:
-        return survey(config.expected_policies, config.selectors, inventory, now=now)
+    def _survey(self, config: Config, inventory: Iterable[Inventory], now: datetime) -> Fleet:
+        return survey(config.expected_policies, config.selectors, inventory, now=now, waiting=self._waiting)
 
     def _take_over(self, fleet: Fleet) -> None:
         """Let runs, metrics and people see this fleet. To be called with the lock held."""

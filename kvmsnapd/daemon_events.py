@@ -51,7 +51,8 @@ class ConfigLoaded(Event):
 class DomainPoliciesChanged(Event):
     """A reload changed what applies to one domain; ``coverage`` says by which entry, or why nothing does.
 
-    ``changed`` names the settings that differ, by policy. ``releases`` is how many more snapshots the new keep rules
+    ``unprotected`` tells that it had policies and has none now, without anybody having said so. ``changed`` names the
+    settings that differ, by policy. ``releases`` is how many more snapshots the new keep rules
     release, by policy; those of ``fuse`` wait, since they are more than may go at once. ``leaves`` is how many
     snapshots of policies that it no longer has stay where they are.
     """
@@ -60,6 +61,7 @@ class DomainPoliciesChanged(Event):
     domain: str
     domain_uuid: str
     coverage: str
+    unprotected: bool
     gained: tuple[str, ...]
     lost: tuple[str, ...]
     changed: Mapping[str, tuple[str, ...]]
@@ -70,7 +72,7 @@ class DomainPoliciesChanged(Event):
     @property
     def severity(self) -> Severity:
         """What needs a person's eye is a warning."""
-        return Severity.WARNING if self.fuse or self.leaves else Severity.INFO
+        return Severity.WARNING if self.fuse or self.leaves or self.unprotected else Severity.INFO
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,8 +7,9 @@ so they cannot disagree.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from kvmsnapd.matching import Coverage, assign, missing_domains
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from kvmsnapd.policy import Policy
     from kvmsnapd.schedule import Due
 
+
+WaitingSlot = tuple["datetime", timedelta]
+"""A slot, and the splay that it waits for."""
 
 _TOLERANCE = timedelta(seconds=30)
 """A run may end between the reading of the clock and that of libvirt."""
@@ -101,12 +105,17 @@ def survey(
     domains: Iterable[Inventory],
     *,
     now: datetime,
+    waiting: Mapping[str, WaitingSlot] = MappingProxyType({}),
 ) -> Fleet:
-    """Return the state of all pairs, from what libvirt lists and what the configuration says."""
+    """Return the state of all pairs, from what libvirt lists and what the configuration says.
+
+    Args:
+        waiting: slots that keep another splay than the policy's, by pair key: see :func:`waiting_slots`.
+    """
     inventories = tuple(domains)
     assignments = assign(selectors, inventories)
     pairs = tuple(
-        _pair(domain, policy, assignment.policies, now)
+        _pair(domain, policy, assignment.policies, now, waiting)
         for domain, assignment in zip(inventories, assignments, strict=True)
         for policy in assignment.policies
     )
@@ -119,6 +128,22 @@ def survey(
         missing_domains(selectors, inventories),
         {policy: per_policy[policy] for policy in policies},
     )
+
+
+def waiting_slots(before: Fleet, after: Fleet, *, now: datetime) -> dict[str, WaitingSlot]:
+    """Return, by pair key, the slots that wait for their splay and that a shorter one would call missed.
+
+    An edit must not cost a snapshot: such a slot keeps the splay that it had.
+    """
+    known = {pair.name.key: pair for pair in before.pairs}
+    found = {}
+    for pair in after.pairs:
+        was = known.get(pair.name.key)
+        if was and pair.due.missed and was.due.run_at > now:
+            slot = was.due.run_at - was.policy.splay_of(pair.name.domain_uuid)
+            if slot == pair.due.missed:
+                found[pair.name.key] = (slot, was.policy.splay)
+    return found
 
 
 def explain_coverage(assignment: Assignment) -> str:
@@ -136,11 +161,22 @@ def explain_unprotected(assignment: Assignment) -> str:
     return "unprotected: no entry under domains fits it; give it policies, or [] if that is meant"
 
 
-def _pair(domain: Inventory, policy: Policy, policies: tuple[Policy, ...], now: datetime) -> Pair:
+def _pair(
+    domain: Inventory,
+    policy: Policy,
+    policies: tuple[Policy, ...],
+    now: datetime,
+    waiting: Mapping[str, WaitingSlot],
+) -> Pair:
+    name = PairName(domain.name, domain.uuid, policy.name)
+    due = due_for(domain, policy, now)
+    slot, splay = waiting.get(name.key, (None, policy.splay))
+    if slot and due.missed == slot:
+        policy = replace(policy, splay=splay)
+        due = due_for(domain, policy, now)
     own = [(s.mark, s) for s in domain.of_policy(policy.name) if s.mark]
     own.sort(key=lambda entry: (entry[0].scheduled_at, entry[0].attempt), reverse=True)
     good = ((mark, s) for mark, s in own if max(mark.scheduled_at, mark.taken_at) <= now)
     mark, newest = next(good, (None, None))
-    name = PairName(domain.name, domain.uuid, policy.name)
     last = mark.good_at(now) if mark else None
-    return Pair(name, policy, tuple(s for _, s in own), newest, last, due_for(domain, policy, now), policies)
+    return Pair(name, policy, tuple(s for _, s in own), newest, last, due, policies)

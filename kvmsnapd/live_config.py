@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvmsnapd.config import fingerprint, load_config, read_contents
-from kvmsnapd.errors import ConfigError, KvmsnapdError, Problem
+from kvmsnapd.errors import ConfigError, KvmsnapdError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -85,18 +85,10 @@ class LiveConfig:
             if not asked and fingerprint(config.contents) != self._seen:
                 self._tried = ""
                 return None
-            if not asked:
-                self._check_domains(config)
         except ConfigError as error:
             self.reject(error)
             raise
         return config
-
-    def _check_domains(self, config: Config) -> None:
-        """Refuse to let all domains go unasked: a file that was cut off by a full disk looks like that."""
-        if self.current.selectors and not config.selectors:
-            message = "takes all domains away; reload by hand if this is meant (systemctl reload kvmsnapd)"
-            raise ConfigError([Problem(message, str(self.path))])
 
     def reject(self, error: Exception) -> None:
         """Note that a configuration was refused, and why."""
@@ -130,19 +122,21 @@ class LiveConfig:
 
     def _write_note(self) -> None:
         """Tell other processes what this one runs; a disk that is full is no reason to stop."""
-        note = {
-            "pid": os.getpid(),
-            "path": str(self.path.resolve()),
-            "loaded_at": self.loaded_at.isoformat(),
-            "rejected": list(self.rejected),
-            "files": [[str(path), content.decode()] for path, content in self.current.contents],
-            "environment": {name: os.environ.get(name, "") for name in self.current.environment.variables.values()},
-        }
-        with suppress(OSError):
+        try:
+            note = {
+                "pid": os.getpid(),
+                "path": os.path.realpath(self.path),
+                "loaded_at": self.loaded_at.isoformat(),
+                "rejected": list(self.rejected),
+                "files": [[str(path), content.decode()] for path, content in self.current.contents],
+                "environment": {name: os.environ.get(name, "") for name in self.current.environment.variables.values()},
+            }
             draft = self._directory / f"{_NOTE}.new"
             draft.touch(mode=0o600)  # hooks and their arguments may be in it
             draft.write_text(json.dumps(note))
             draft.replace(self._directory / _NOTE)
+        except Exception as error:  # noqa: BLE001  # not worth a reload, whatever it is
+            logging.getLogger(__name__).warning("other processes cannot be told what is in force: %s", error)
 
 
 def read_note(path: Path, runtime_directory: Path) -> dict[str, Any] | None:
@@ -153,7 +147,7 @@ def read_note(path: Path, runtime_directory: Path) -> dict[str, Any] | None:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
             return None  # nobody holds it: the daemon is dead
     except BlockingIOError:
-        return note if isinstance(note, dict) and note.get("path") == str(path.resolve()) else None
+        return note if isinstance(note, dict) and note.get("path") == os.path.realpath(path) else None
     except (OSError, ValueError):
         return None
 

@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from kvmsnapd.cli.render import print_table
-from kvmsnapd.config import fingerprint, load_config, load_contents, service_directory
+from kvmsnapd.config import fingerprint, load_config, load_contents, runtime_directory_of
 from kvmsnapd.daemon import read_clock
 from kvmsnapd.disks import data_folders
 from kvmsnapd.durations import format_duration, rough_duration
@@ -62,7 +62,7 @@ def _config_in_force(path: Path) -> tuple[Config, list[str]]:
     try:
         config = load_config(path)
     except ConfigError:
-        note = read_note(path, service_directory("RUNTIME_DIRECTORY"))
+        note = read_note(path, runtime_directory_of(path))
         if note is None:
             raise
     else:

@@ -1,7 +1,7 @@
 """The configuration files: YAML with positions, pydantic models, and the core's policies made of them."""
 
 from kvmsnapd.config.files import fingerprint, read_contents
-from kvmsnapd.config.load import Config, Setting, load_config, load_contents, service_directory
+from kvmsnapd.config.load import Config, Setting, load_config, load_contents, runtime_directory_of
 from kvmsnapd.config.models import NEEDS_RESTART
 
 __all__ = [
@@ -12,5 +12,5 @@ __all__ = [
     "load_config",
     "load_contents",
     "read_contents",
-    "service_directory",
+    "runtime_directory_of",
 ]

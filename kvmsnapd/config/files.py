@@ -57,7 +57,7 @@ class Sources:
         self.problems += document.problems
         for key, value in document.data.items():
             known = self.data.get(key)
-            if key not in self.data or known is None:
+            if key not in self.data or (known is None and key in SECTIONS):
                 self.data[key] = dict(value) if isinstance(value, dict) else value
                 self._holders[key,] = document
                 if isinstance(value, dict):
@@ -94,10 +94,10 @@ def read_contents(path: Path) -> tuple[Contents, list[str]]:
     contents: Contents = []
     problems: list[Problem] = []
     parts, warnings = _list_parts(path)
-    left = _MOST_BYTES
+    left, owner = _MOST_BYTES, _owner(path)
     for file in (path, *parts):
         try:
-            contents.append((file, _read(file, path, left)))
+            contents.append((file, _read(file, owner, left)))
         except ConfigError as error:
             problems += error.problems
         else:
@@ -130,22 +130,29 @@ def parse_contents(contents: Contents) -> Sources:
 
 def fingerprint(contents: Contents) -> str:
     """Return what changes when, and only when, what is in the files changes."""
-    digest = hashlib.sha256()
+    digest, folder = hashlib.sha256(), contents[0][0].parent
     for file, content in contents:
-        digest.update(f"{file}\0{len(content)}\0".encode(errors="surrogateescape") + content)
+        digest.update(f"{file.relative_to(folder)}\0{len(content)}\0".encode(errors="surrogateescape") + content)
     return digest.hexdigest()
 
 
 def _list_parts(path: Path) -> tuple[list[Path], list[str]]:
     """Return the files of ``conf.d``, sorted, and warnings of those that look as if they were meant to be."""
     folder = path.parent / "conf.d"
+    owner = _owner(path)
     try:
-        _check_owner(folder.stat(), folder, path)
-        names = sorted(entry.name for entry in folder.iterdir())
+        status = folder.stat()
     except FileNotFoundError:
         if folder.is_symlink():  # to what is not mounted, say; its domains must not be lost without a word
             raise ConfigError([Problem("leads to nothing; nothing was changed", str(folder))]) from None
         return [], []
+    except ValueError:  # a path that cannot be; told when the main file is read
+        return [], []
+    except OSError as error:
+        raise ConfigError([Problem(f"cannot be read: {error.strerror}; nothing was changed", str(folder))]) from error
+    try:
+        _check_owner(status, folder, owner)
+        names = sorted(entry.name for entry in folder.iterdir())
     except OSError as error:
         raise ConfigError([Problem(f"cannot be read: {error.strerror}; nothing was changed", str(folder))]) from error
     # What editors (.#a.yaml, a.yaml~) and packages (a.yaml.dpkg-new, a.yaml.rpmsave) leave behind is passed over.
@@ -157,24 +164,30 @@ def _list_parts(path: Path) -> tuple[list[Path], list[str]]:
     return parts, [str(Problem("is not read; files of conf.d end in .yaml", str(folder / name))) for name in missed]
 
 
-def _check_owner(status: os.stat_result, file: Path, main: Path) -> None:
-    """Refuse what other users can change: hooks run with our rights."""
-    trusted = {0, os.geteuid(), *([main.stat().st_uid] if main.exists() else [])}
+def _owner(main: Path) -> int | None:
+    try:
+        return main.stat().st_uid
+    except (OSError, ValueError):  # told when it is read
+        return None
+
+
+def _check_owner(status: os.stat_result, file: Path, owner: int | None) -> None:
+    """Refuse what users can change to whom the main file does not belong: hooks run with our rights."""
     if status.st_mode & stat.S_IWOTH:
         raise ConfigError([Problem("can be written to by everybody; `chmod o-w` it; nothing was changed", str(file))])
-    if status.st_uid not in trusted:
-        who = f"belongs to user {status.st_uid}, not to root or the owner of {main}"
+    if status.st_uid not in {0, os.geteuid(), owner}:
+        who = f"belongs to user {status.st_uid}, not to root or the owner of the main file"
         raise ConfigError([Problem(f"{who}; nothing was changed", str(file))])
 
 
-def _read(path: Path, main: Path, most: int) -> bytes:
+def _read(path: Path, owner: int | None, most: int) -> bytes:
     try:
         # Without O_NONBLOCK a pipe that nobody writes into would hold us up for ever.
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise ConfigError([Problem("cannot be read: it is no regular file; nothing was changed", str(path))])
-            _check_owner(status, path, main)
+            _check_owner(status, path, owner)
             content = file.read(most + 1)
     except (OSError, ValueError) as error:
         why = (isinstance(error, OSError) and error.strerror) or error

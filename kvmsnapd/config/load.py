@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from kvmsnapd.config.environment import Environment, read_environment
 from kvmsnapd.config.files import SECTIONS, Contents, Sources, parse_contents, read_contents
-from kvmsnapd.config.models import Settings
+from kvmsnapd.config.models import FileSettings, Settings
 from kvmsnapd.config.problems import MOST_TOLD, Complaint, complaint_of, not_a_section, unknown_key, unknown_policies
 from kvmsnapd.config.resolve import Policies, resolve, resolve_keys
 from kvmsnapd.durations import format_duration
@@ -47,8 +47,6 @@ _STAND_INS = {"schedule": "hourly", "keep": {"last": 1}}
 
 _MOST_LOOKED_AT = 2000
 """Of pydantic's complaints; a hostile file makes millions."""
-
-_NO_PREFIX = "no variable begins with this "
 
 
 @dataclass(frozen=True)
@@ -142,6 +140,15 @@ def service_directory(variable: str) -> Path:
     return Path(os.environ.get(variable, "").partition(":")[0] or _DIRECTORIES[variable])
 
 
+def runtime_directory_of(path: Path) -> Path:
+    """Return where the runtime files of a configuration are that need not be valid."""
+    try:
+        written = parse_contents(read_contents(path)[0]).data.get("runtime_directory")
+    except ConfigError:
+        written = None
+    return Path(written) if isinstance(written, str) else service_directory("RUNTIME_DIRECTORY")
+
+
 def load_config(path: Path) -> Config:
     """Read the files and the environment.
 
@@ -196,8 +203,7 @@ def load_contents(contents: Contents, warnings: Iterable[str] = ()) -> Config:
 
 def _validate(data: dict[str, Any], *, use_environment: bool) -> tuple[Settings | None, list[Complaint]]:
     try:
-        options: dict[str, Any] = {} if use_environment else {"_env_prefix": _NO_PREFIX}
-        return Settings(**options, **data), []
+        return (Settings if use_environment else FileSettings)(**data), []
     except ValidationError as error:
         return None, [complaint_of(details) for details in error.errors(include_url=False)[:_MOST_LOOKED_AT]]
 

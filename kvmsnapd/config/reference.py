@@ -61,13 +61,14 @@ and which domains none. It ends with 1 if there is something to look at, and wit
 together are one configuration: `policies`, `domains`, `defaults`, `metrics` and `log` may be spread over them entry by
 entry. What is given twice is an error that names both places. Only names that end in `.yaml` and do not begin with a
 dot or `#` count, so what editors and packages leave behind does not matter; `.yml` is warned of. Since hooks run with
-the daemon's rights, files that everybody may write to, or that belong to another user, are refused.
+the daemon's rights, files that everybody may write to are refused, and so is what belongs neither to root, nor to the
+daemon's user, nor to the owner of the main file.
 
 **Reload.** All files are read and checked before anything changes. The log then says which policies and domains
 changed (`config.loaded`, `config.domain_changed`), and how many more snapshots the new keep rules release;
 `max_deletes_per_run` holds them back if they are more. Runs that the edit does not touch keep their times.
-`watch: true` reloads by itself, but never to a configuration without domains. These need a restart, which the log
-says: RESTART.
+`watch: true` reloads by itself, but not if that leaves a domain without protection that had some. These need a
+restart, which the log says: RESTART.
 
 **Editors** that know JSON Schema (VS Code, Neovim, Emacs with yaml-language-server) complete and check the file by
 [kvmsnapd.schema.json](kvmsnapd.schema.json), which `kvmsnapd schema` prints as well.

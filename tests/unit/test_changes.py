@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from kvmsnapd.changes import compare_fleets, compare_policies
+from kvmsnapd.changes import compare_fleets, compare_policies, refuse_loss
+from kvmsnapd.errors import ConfigError
 from kvmsnapd.events import Severity
-from kvmsnapd.fleet import survey
+from kvmsnapd.fleet import survey, waiting_slots
 from kvmsnapd.model import Inventory
 from kvmsnapd.plan import plan_run
 from kvmsnapd.policy import ConsistencyRule, DiskSelection, Hook, Hooks
@@ -28,6 +29,8 @@ from tests.builders import (
 )
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from kvmsnapd.daemon_events import DomainPoliciesChanged
     from kvmsnapd.fleet import Fleet
     from kvmsnapd.model import Snapshot
@@ -37,9 +40,9 @@ STANDARD = a_policy()
 DAILY = a_policy("daily", schedule="daily")
 
 
-def look(selectors: dict[str, tuple[Policy, ...]], *domains: Inventory) -> Fleet:
+def look(selectors: dict[str, tuple[Policy, ...]], *domains: Inventory, now: datetime = NOW) -> Fleet:
     names = {policy.name for policies in selectors.values() for policy in policies}
-    return survey(sorted(names), selectors, domains, now=NOW)
+    return survey(sorted(names), selectors, domains, now=now)
 
 
 def changes_of(
@@ -244,3 +247,51 @@ def test_each_policy_of_a_domain_has_its_own_count_and_fuse() -> None:
 def test_a_domain_that_is_gained_by_nothing_is_no_change() -> None:
     domain = Inventory(UUID, "web1", hourly_snapshots(3))
     assert compare_fleets(look({}, domain), look({"other": (STANDARD,)}, domain), now=NOW) == ()
+
+
+# Protection that is lost
+
+
+def test_a_domain_that_loses_its_protection_without_a_word_is_a_warning() -> None:
+    domain = an_inventory()
+    before = look({"web*": (STANDARD,)}, domain)
+    for selectors in ({}, {"web*": (STANDARD,), "*eb1": (DAILY,)}):
+        (change,) = compare_fleets(before, look(selectors, domain), now=NOW)
+        assert (change.unprotected, change.leaves, change.severity) == (True, 0, Severity.WARNING)
+        with pytest.raises(ConfigError, match=f"leaves {domain.name} without protection"):
+            refuse_loss([change], "/etc/kvmsnapd/kvmsnapd.yaml")
+
+
+def test_what_is_unprotected_on_purpose_or_was_before_is_no_loss() -> None:
+    domain = an_inventory()
+    on_purpose = compare_fleets(look({"web*": (STANDARD,)}, domain), look({"web*": ()}, domain), now=NOW)
+    gained = compare_fleets(look({}, domain), look({"web*": (STANDARD,)}, domain), now=NOW)
+    assert [change.unprotected for change in (*on_purpose, *gained)] == [False, False]
+    refuse_loss((*on_purpose, *gained), "file")
+
+
+def test_of_many_domains_that_lose_protection_some_are_named() -> None:
+    domains = [an_inventory(name=f"web{n}", uuid=f"11111111-2222-3333-4444-{n:012}") for n in range(12)]
+    changes = compare_fleets(look({"web*": (STANDARD,)}, *domains), look({}, *domains), now=NOW)
+    with pytest.raises(ConfigError, match=r"leaves web0, .*, web9 and 2 more without protection"):
+        refuse_loss(changes, "file")
+
+
+# Slots that wait
+
+
+def test_a_slot_that_waits_for_its_splay_is_not_missed_because_of_an_edit() -> None:
+    at_four = NOW.replace(hour=4, minute=0)
+    domain = an_inventory(a_snapshot(at_four.replace(hour=0) - timedelta(days=1)))
+    fields = {"schedule": "daily", "catch_up": False}
+    before = look({"*": (a_policy(splay="23h", **fields),)}, domain, now=at_four)
+    shorter = {"*": (a_policy(splay="1s", **fields),)}
+    (was,), (becomes,) = before.pairs, look(shorter, domain, now=at_four).pairs
+    assert (was.due.missed, was.due.run_at > at_four) == (None, True)
+    assert becomes.due.missed == at_four.replace(hour=0)
+    waiting = waiting_slots(before, look(shorter, domain, now=at_four), now=at_four)
+    (kept,) = survey(["standard"], shorter, [domain], now=at_four, waiting=waiting).pairs
+    assert kept.due == was.due
+    tomorrow = at_four + timedelta(days=2)
+    (later,) = survey(["standard"], shorter, [domain], now=tomorrow, waiting=waiting).pairs
+    assert later.due.missed == tomorrow.replace(hour=0)

@@ -337,7 +337,7 @@ def test_what_belongs_to_somebody_else_is_refused(main_file: Path, name: str) ->
     add(main_file, "a.yaml", "tick: 10s\n")
     os.chown(main_file.parent / name, 4321, -1)
     assert problems(main_file) == [
-        f"{name}: belongs to user 4321, not to root or the owner of kvmsnapd.yaml; nothing was changed"
+        f"{name}: belongs to user 4321, not to root or the owner of the main file; nothing was changed"
     ]
 
 

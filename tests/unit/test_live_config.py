@@ -241,17 +241,23 @@ def test_what_settled_before_watch_was_switched_on_is_seen_afterwards(tmp_path: 
     assert asks(bench)
 
 
-def test_a_file_that_was_cut_off_is_not_loaded_by_itself_but_by_hand(bench: Bench) -> None:
-    bench.write(GOOD + "domains: {web1: [p]}\n")
-    assert bench.reload()
-    bench.write(GOOD)
+def test_a_file_that_changed_since_it_was_looked_at_is_left_to_the_next_look(bench: Bench) -> None:
+    bench.write(OTHER)
     assert asks(bench)
-    with pytest.raises(ConfigError, match="takes all domains away"):
-        bench.live.read(asked=False)
+    bench.write(GOOD + "timezone: Europe/Berlin\n")
+    assert bench.live.read(asked=False) is None
+    assert asks(bench)
+    assert bench.live.read(asked=False)
+
+
+def test_a_link_that_leads_to_itself_is_refused_and_ends_nothing(bench: Bench) -> None:
+    bench.live.be_the_only_one()
+    bench.path.unlink()
+    bench.path.symlink_to(bench.path.name)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        bench.live.read()
     assert bench.live.rejected
-    assert not asks(bench)
-    assert bench.reload()
-    assert bench.live.current.selectors == {}
+    bench.live.look()
 
 
 # The note for other processes

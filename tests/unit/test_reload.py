@@ -497,6 +497,32 @@ def test_a_reload_of_one_policy_leaves_the_runs_of_others_where_they_are(still: 
     assert [(e.added, e.changed, e.removed) for e in still.said("jobs.changed")[1:]] == [(0, 1, 0)]
 
 
+def test_an_edit_that_takes_protection_away_is_not_put_in_force_unasked(still: StillDaemon) -> None:
+    still.write(TWO.replace(", web2: [a]", ""))
+    still.daemon._live.look()
+    still.daemon._reload(asked=False)
+    (problem,) = still.said("config.rejected")[-1].problems
+    assert "leaves web2 without protection; reload by hand" in problem
+    assert A2 in still.daemon._pairs
+    still.daemon._reload(asked=True)
+    assert A2 not in still.daemon._pairs
+
+
+def test_a_shorter_splay_does_not_give_up_the_slot_that_waits(still: StillDaemon) -> None:
+    skip = TWO.replace("splay: 5m", "splay: 40m, catch_up: skip")
+    still.now = NOW.replace(hour=13, minute=0, second=1)
+    still.reload(skip)
+    waiting = still.daemon._pairs[A1].due
+    assert (waiting.slot, waiting.missed) == (None, None)
+    still.now = waiting.run_at - SECOND
+    still.reload(skip.replace("40m", "1s"))
+    still.tick()
+    assert still.daemon._pairs[A1].due == waiting
+    still.now = waiting.run_at
+    still.tick()
+    assert still.daemon._pairs[A1].due.slot == NOW.replace(hour=13, minute=0)
+
+
 def test_a_reload_keeps_the_pause_after_failures_of_pairs_that_it_does_not_change(still: StillDaemon) -> None:
     still.fail(A2)
     still.tick()
