@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -13,10 +13,13 @@ import libvirt
 from kvmsnapd.domain_xml import parse_domain, parse_snapshot, with_description
 from kvmsnapd.errors import (
     DomainNotFoundError,
+    GuestAgentRefusedError,
+    GuestFrozenError,
     HypervisorError,
     HypervisorUnreachableError,
     SnapshotNotFoundError,
 )
+from kvmsnapd.libvirt_host.agent import is_frozen
 from kvmsnapd.libvirt_host.capabilities import derive_capabilities
 from kvmsnapd.libvirt_host.connection import Connection
 from kvmsnapd.libvirt_host.storage import StoragePools, target_of
@@ -25,7 +28,7 @@ from kvmsnapd.libvirt_host.translate import translated_errors
 from kvmsnapd.model import Domain, DomainState, Inventory, Kind, Snapshot, Storage
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping
+    from collections.abc import Collection, Iterable, Iterator, Mapping
 
     from kvmsnapd.model import Capabilities, Layer, Mark, TakeRequest
 
@@ -184,15 +187,31 @@ class LibvirtHost:
 
     def filesystems(self, domain_uuid: str) -> tuple[str, ...]:
         """See the port."""
-        with translated_errors("filesystems", domain=domain_uuid):
+        with self._telling_frozen(domain_uuid), translated_errors("filesystems", domain=domain_uuid):
             handle = self._writing.get().lookupByUUIDString(domain_uuid)
             handle.agentSetResponseTimeout(_AGENT_ANSWERS_WITHIN_SECONDS, 0)
             return tuple(sorted({mountpoint for mountpoint, *_ in handle.fsInfo(0)}))
 
     def take_snapshot(self, request: TakeRequest) -> Snapshot:
         """See the port; the ways to take one are in :mod:`.take`."""
-        with translated_errors("snapshot_create", domain=request.domain_name):
+        uuid = request.domain_uuid
+        with self._telling_frozen(uuid), translated_errors("snapshot_create", domain=request.domain_name):
             return take_snapshot(self._writing, self._pools, request)
+
+    @contextmanager
+    def _telling_frozen(self, domain_uuid: str) -> Iterator[None]:
+        """Raise GuestFrozenError for what the agent refuses because the guest is frozen, if it does not say so itself."""
+        try:
+            yield
+        except GuestAgentRefusedError as error:
+            if isinstance(error, GuestFrozenError) or "has been disabled" not in str(error):
+                raise
+            with translated_errors("lookup", domain=domain_uuid):
+                frozen = is_frozen(self._writing.get().lookupByUUIDString(domain_uuid))
+            if not frozen:
+                raise
+            words = f"the guest's file systems are frozen already: {error}"
+            raise GuestFrozenError(words, operation=error.operation, domain=error.domain, code=error.code) from error
 
     def describe_snapshot(self, domain_uuid: str, name: str, mark: Mark) -> None:
         """See the port. REDEFINE keeps parent, children and `current`; without SECURE passwords would be lost."""
