@@ -14,8 +14,8 @@ _ANSWERS_WITHIN_SECONDS = 5
 def is_frozen(handle: Any) -> bool:  # noqa: ANN401  # libvirt-python has no types
     """Return whether the agent says that the guest's file systems are frozen; False if it does not say.
 
-    This command is allowed while all others are disabled. Why they are, the agent says up to QEMU 9.0 ("the agent is in
-    frozen state"); that of 10.0 has one answer for everything that is disabled ("the command is not allowed", measured).
+    This command is allowed while all others are disabled. Debian 12's agent (QEMU 7.2) says why they are, "the agent is
+    in frozen state"; Debian 13's (10.0) does not, and is only known to be frozen by this question (measured).
     """
     try:
         answer = libvirt_qemu.qemuAgentCommand(

@@ -200,7 +200,7 @@ class LibvirtHost:
 
     @contextmanager
     def _telling_frozen(self, domain_uuid: str) -> Iterator[None]:
-        """Raise GuestFrozenError for what the agent refuses because the guest is frozen, if it does not say so itself."""
+        """Raise GuestFrozenError for what the agent refuses because the guest is frozen, if it does not say so."""
         try:
             yield
         except GuestAgentRefusedError as error:
