@@ -158,7 +158,7 @@ class Daemon:
             received = signal.sigtimedwait(_SIGNALS, pause)
             if received and received.si_signo != signal.SIGHUP:
                 break
-            if received or self._look():
+            if received or self._live.look():
                 self._reload(asked=bool(received))
         self._stopping.set()
         self._tick_wanted.set()
@@ -280,13 +280,6 @@ class Daemon:
         self._tick_wanted.set()
 
     # Configuration
-
-    def _look(self) -> bool:
-        try:
-            return self._live.look()
-        except Exception:  # the main thread must not end
-            logging.getLogger(__name__).exception("the files of the configuration could not be looked at")
-            return False
 
     def _reload(self, *, asked: bool) -> None:
         """Read the configuration anew; on any error the one in force stays, untouched."""

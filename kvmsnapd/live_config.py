@@ -117,7 +117,7 @@ class LiveConfig:
     def _fingerprint(self) -> str:
         try:
             return fingerprint(read_contents(self.path)[0])
-        except ConfigError as error:
+        except Exception as error:  # noqa: BLE001  # whatever it is, the daemon goes on with what it has
             return f"unreadable: {error}"
 
     def _write_note(self) -> None:

@@ -45,13 +45,6 @@ domains:
 UUID = "abcdefab-2222-3333-4444-555555555555"
 
 
-@pytest.fixture(autouse=True)
-def _no_settings_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for variable in list(os.environ):
-        if variable.upper().startswith("KVMSNAPD_"):
-            monkeypatch.delenv(variable)
-
-
 @pytest.fixture
 def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
     """Write a main file and files of conf.d; return the main file's path, relative to the working directory."""

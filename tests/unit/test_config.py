@@ -40,13 +40,6 @@ INVALID_MANY = sorted(SAMPLES.glob("invalid_many/*/kvmsnapd.yaml"))
 ALL_INVALID = INVALID + INVALID_MANY
 
 
-@pytest.fixture(autouse=True)
-def _no_settings_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for variable in list(os.environ):
-        if variable.upper().startswith("KVMSNAPD_") or variable in {"STATE_DIRECTORY", "RUNTIME_DIRECTORY"}:
-            monkeypatch.delenv(variable)
-
-
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
     """Write a configuration file and return where it is."""

@@ -21,13 +21,6 @@ POLICY = "policies:\n  standard: {schedule: hourly, keep: {last: 2}}\n"
 FOUR_MEBIBYTES = 4 * 2**20
 
 
-@pytest.fixture(autouse=True)
-def _no_settings_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for variable in list(os.environ):
-        if variable.upper().startswith("KVMSNAPD_"):
-            monkeypatch.delenv(variable)
-
-
 @pytest.fixture
 def main_file(tmp_path: Path) -> Path:
     """Provide a main file with one policy, and an empty conf.d beside it."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import fields, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -24,13 +23,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     Load = Callable[..., Config]
-
-
-@pytest.fixture(autouse=True)
-def _no_settings_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for variable in list(os.environ):
-        if variable.upper().startswith("KVMSNAPD_"):
-            monkeypatch.delenv(variable)
 
 
 @pytest.fixture
