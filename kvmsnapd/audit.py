@@ -18,7 +18,7 @@ from kvmsnapd.daemon_events import AuditFinding
 from kvmsnapd.diagnosis import Finding, Level, diagnose_domain, diagnose_files, paths_of
 from kvmsnapd.disks import data_folders
 from kvmsnapd.errors import DomainLockedError, DomainNotFoundError, HypervisorError, HypervisorUnreachableError
-from kvmsnapd.fleet import explain_unprotected, plan_next
+from kvmsnapd.fleet import examine, explain_unprotected, plan_next
 from kvmsnapd.model import Kind, Storage
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ def audit(
     now: datetime,
     locks: DomainLocks | None = None,
     policies: Iterable[Policy] = (),
+    examined: Publish = lambda _event: None,
     pause: Callable[[float], None] = time.sleep,
 ) -> Audit:
     """Read every domain, its snapshots and the folders of its disks, and judge them; changes nothing.
@@ -79,13 +80,14 @@ def audit(
         intents: the UUIDs of the domains that may be frozen, or what returns them.
         locks: those that runs hold; None if they cannot be used.
         policies: all that are configured; files are looked for in the folders they name as well.
+        examined: gets a DomainExamined for each pair.
         pause: waits for that many seconds.
 
     Raises:
         HypervisorUnreachableError: libvirt went away meanwhile.
     """
     frozen = intents if callable(intents) else lambda: intents
-    looks = _Looks(hypervisor, fleet, frozen, now, locks, tuple(policies), pause)
+    looks = _Looks(hypervisor, fleet, frozen, now, locks, tuple(policies), examined, pause)
     return looks.judge()
 
 
@@ -99,9 +101,9 @@ def publish_audit(
     locks: DomainLocks,
     policies: Iterable[Policy],
 ) -> None:
-    """Audit, and publish what is not just a note. For a thread of its own: nothing is raised."""
+    """Audit, and publish what is wrong and what each domain stands on. For a thread of its own: nothing is raised."""
     try:
-        seen = audit(hypervisor, fleet, intents=intents, now=now, locks=locks, policies=policies)
+        seen = audit(hypervisor, fleet, intents=intents, now=now, locks=locks, policies=policies, examined=publish)
     except HypervisorError as error:
         logging.getLogger(__name__).warning("the audit was cut off: %s", error)
         return
@@ -125,6 +127,7 @@ class _Looks:
     now: datetime
     locks: DomainLocks | None
     policies: tuple[Policy, ...]
+    examined: Publish
     pause: Callable[[float], None]
     paused: bool = False
 
@@ -160,9 +163,11 @@ class _Looks:
     def _diagnose(self, domain: Domain) -> Iterator[Finding]:
         capabilities = self.hypervisor.capabilities()
         pairs = [pair for pair in self.fleet.pairs if pair.name.domain_uuid == domain.uuid]
-        plans = [
-            plan_next(pair, domain, capabilities, self._storage(domain, pair.policy), now=self.now) for pair in pairs
-        ]
+        plans = []
+        for pair in pairs:
+            storage = self._storage(domain, pair.policy)
+            self.examined(examine(pair, domain, storage, capabilities))
+            plans.append(plan_next(pair, domain, capabilities, storage, now=self.now))
         return diagnose_domain(domain, [pair.policy for pair in pairs], plans, capabilities)
 
     def _storage(self, domain: Domain, policy: Policy) -> Storage:

@@ -27,16 +27,15 @@ from kvmsnapd.events import RunSkipped
 from kvmsnapd.execute import PATIENCE, Executor
 from kvmsnapd.fleet import survey, waiting_slots
 from kvmsnapd.gates import HostGate, StorageGates
-from kvmsnapd.http_server import MetricsServer
 from kvmsnapd.libvirt_host import LibvirtHost
 from kvmsnapd.live_config import LiveConfig
-from kvmsnapd.logs import configure_logging, log_event
-from kvmsnapd.metrics import Metrics
+from kvmsnapd.logs import bound, configure_logging
 from kvmsnapd.model import PairName
+from kvmsnapd.outlets import Outlets
 from kvmsnapd.retries import Retries
 from kvmsnapd.scheduler import JobScheduler, Wanted
+from kvmsnapd.series import Observation
 from kvmsnapd.state_files import DomainLocks, FreezeIntents
-from kvmsnapd.state_series import Observation
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -44,7 +43,7 @@ if TYPE_CHECKING:
 
     from kvmsnapd.config import Config
     from kvmsnapd.daemon_events import DomainPoliciesChanged
-    from kvmsnapd.events import Event, Publish
+    from kvmsnapd.events import Publish
     from kvmsnapd.fleet import Fleet, Pair, WaitingSlot
     from kvmsnapd.model import Inventory
 
@@ -59,6 +58,9 @@ _SHORTEST_TICK_SECONDS = 1.0
 
 _RECONNECT_SECONDS = 2.0
 """How often a lost libvirt is asked for; the connection itself spaces its attempts out further."""
+
+_FIRST_TICK_SECONDS = 5.0
+"""How long the first scrape waits for libvirt at most, so that it finds every domain."""
 
 _CLOSE_SECONDS = 5.0
 
@@ -104,9 +106,6 @@ class Daemon:
         self._fleet: Fleet | None = None
         self._libvirt_up = False
         self._last_tick_at: datetime | None = None
-        self._attempts: dict[str, datetime] = {}
-        self._metrics = Metrics(self.observe)
-        self._watch = watch
         self._host = LibvirtHost(self._uri)
         try:
             self._live.be_the_only_one()
@@ -115,6 +114,8 @@ class Daemon:
         except OSError as error:
             msg = f"cannot use {error.filename}: {error.strerror}; set runtime_directory and state_directory"
             raise KvmsnapdError(msg) from error
+        self.outlets = Outlets(config, self.observe, ready=lambda: self._fleet is not None, watch=watch)
+        self._publish = self.outlets.publish
         self._executor = Executor(
             self._host,
             locks,
@@ -134,24 +135,21 @@ class Daemon:
         self._missed: dict[str, datetime] = {}
         self._stopping = threading.Event()
         self._tick_wanted = threading.Event()
-        self.server = (
-            MetricsServer(
-                self._metrics.registry,
-                listen=settings.metrics.listen,
-                port=settings.metrics.port,
-                ready=lambda: self._fleet is not None,
-            )
-            if settings.metrics.enabled
-            else None
-        )
+        self._ticked = threading.Event()
+        self._freeze_intents = 0
 
     def run(self) -> int:
         """Work until SIGTERM or SIGINT; SIGHUP reloads. Return the exit code, 1 if a run did not end in time."""
         self._publish_config(self._live.current)
-        self._publish(DaemonStarted(uri=self._uri, metrics=self.server.url if self.server else None))
+        self._publish(DaemonStarted(uri=self._uri, metrics=self.outlets.url))
         self._scheduler.start()
         ticking = threading.Thread(target=self._tick_forever, name="tick", daemon=True)
         ticking.start()
+        pause = self._live.current.settings.tick.total_seconds()
+        sampling = partial(self.outlets.sample_storage, self._host, self._stopping, pause)
+        threading.Thread(target=sampling, name="storage", daemon=True).start()
+        self._ticked.wait(_FIRST_TICK_SECONDS)
+        self.outlets.serve()
         while True:
             settings = self._live.current.settings
             pause = _WATCH_SECONDS if settings.watch else min(settings.tick.total_seconds(), _LOOK_SECONDS)
@@ -163,8 +161,7 @@ class Daemon:
         self._stopping.set()
         self._tick_wanted.set()
         ended = self._scheduler.stop(DRAIN)
-        if self.server:
-            self.server.close()
+        self.outlets.close()
         # Takes down what was only made for us; a libvirt that does not answer must not hold up the end.
         closing = threading.Thread(target=self._host.close, name="close", daemon=True)
         closing.start()
@@ -181,16 +178,9 @@ class Daemon:
             config_ok=not self._live.rejected,
             config_stale=self._live.stale,
             config_loaded_at=self._live.loaded_at,
-            freeze_intents=len(self._intents.outstanding()),
-            attempts=dict(self._attempts),
+            freeze_intents=self._freeze_intents,
+            tick=self._live.current.settings.tick,
         )
-
-    def _publish(self, event: Event) -> None:
-        """Hand one event to everybody who wants it."""
-        log_event(event)
-        self._metrics.consume(event)
-        if self._watch:
-            self._watch(event)
 
     # The tick
 
@@ -198,10 +188,12 @@ class Daemon:
         while not self._stopping.is_set():
             try:
                 self._tick()
+                self.outlets.after_tick()
             except Exception:  # an error in one tick must not end all; last_tick stands still and raises the alarm
                 if self._stopping.is_set():
                     return  # the scheduler is being taken down meanwhile
                 logging.getLogger(__name__).exception("tick ended in an unforeseen error")
+            self._ticked.set()
             pause = self._live.current.settings.tick.total_seconds()
             self._tick_wanted.wait(pause if self._libvirt_up else min(pause, _RECONNECT_SECONDS))
             if not self._stopping.is_set():
@@ -210,7 +202,8 @@ class Daemon:
 
     def _tick(self) -> None:
         """Look at libvirt once and put jobs, retries and metrics in step with what is there."""
-        now = read_clock()
+        now, intents = read_clock(), self._intents.outstanding()
+        self._freeze_intents = len(intents)
         try:
             capabilities = self._host.capabilities()
             inventory = self._host.inventory()
@@ -238,12 +231,11 @@ class Daemon:
             )
             threading.Thread(target=audit, name="audit", daemon=True).start()
         # An agent may take long to answer, or never answer; that must not hold up the tick.
-        if self._intents.outstanding() and not (self._thawing and self._thawing.is_alive()):
+        if intents and not (self._thawing and self._thawing.is_alive()):
             self._thawing = threading.Thread(target=self._executor.thawer.thaw_all, name="thaw", daemon=True)
             self._thawing.start()
-        for record in (self._attempts, self._missed):
-            for gone in record.keys() - self._pairs.keys():
-                record.pop(gone, None)
+        for gone in self._missed.keys() - self._pairs.keys():
+            self._missed.pop(gone)
         self._retries.forget(self._retries.keys() - self._pairs.keys())
         for pair in fleet.pairs:
             self._report_missed(pair)
@@ -272,8 +264,8 @@ class Daemon:
         pair = self._pairs.get(key)
         if pair is None:
             return
-        self._attempts[key] = read_clock()
-        outcome = self._executor.run(pair)
+        with bound(pair.name):
+            outcome = self._executor.run(pair)
         now = self._pairs.get(key)
         if now and now.policy == pair.policy:  # else the failure is one of a policy that is no more
             self._retries.note(key, outcome, now=read_clock())
@@ -330,7 +322,7 @@ class Daemon:
         """Let runs, metrics and people see this fleet. To be called with the lock held."""
         self._fleet = fleet
         self._pairs = {pair.name.key: pair for pair in fleet.pairs}
-        self._metrics.keep_only((pair.name.domain, pair.name.policy) for pair in fleet.pairs)
+        self.outlets.keep_only(self._pairs.keys())
 
     def _publish_config(self, config: Config, before: Config | None = None, domains_changed: int = 0) -> None:
         policies = compare_policies(before.policies if before else config.policies, config.policies)

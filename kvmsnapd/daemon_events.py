@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DaemonStarted(Event):
-    """The daemon begins to work; ``metrics`` is where Prometheus finds it, None when that is switched off."""
+    """The daemon begins to work; ``metrics`` is where Prometheus finds it, empty when that is switched off."""
 
     NAME: ClassVar[str] = "daemon.started"
     uri: str

@@ -96,7 +96,7 @@ class Show:
 
     def run(self, daemon: Daemon) -> int:
         """Run the daemon until Ctrl-C, showing it meanwhile; return its exit code."""
-        url = daemon.server.url if daemon.server else "off"
+        url = daemon.outlets.url or "off"
         print(f"{self._title}\nmetrics: {url}\nCtrl-C ends it.\n", flush=True)
         drawing = threading.Thread(target=self._draw, args=(daemon, url), daemon=True)
         if self._console.is_terminal:

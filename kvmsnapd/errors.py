@@ -31,6 +31,11 @@ _LONGEST_TEXT, _LONGEST_SHOWN = 1000, 60
 _PASSWORD = re.compile(r"(://[^/\s:@]*:)([^\s]+)@")  # of a URI; it may have slashes and more of @
 
 
+def without_passwords(text: str, *, same_length: bool = False) -> str:
+    """Return the text with the passwords of URIs made unreadable, if need be without moving what comes after."""
+    return _PASSWORD.sub(lambda match: match[1] + "*" * (len(match[2]) if same_length else 3) + "@", text)
+
+
 def shown(value: object) -> str:
     """Return what somebody wrote, for a message: in quotes if it is text, cut if it is long."""
     if isinstance(value, bool):
@@ -72,7 +77,7 @@ class Problem:
         """Keep every text short, fit to be printed, and without passwords, whatever was in the file."""
         for name in ("message", "file", "key", "excerpt"):
             text = getattr(self, name).encode("utf-8", "backslashreplace").decode()
-            text = _PASSWORD.sub(lambda match: match[1] + "*" * len(match[2]) + "@", text)
+            text = without_passwords(text, same_length=True)
             object.__setattr__(self, name, text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]}…")
 
     @property

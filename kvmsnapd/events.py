@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from datetime import datetime
 
     from kvmsnapd.model import PairName
@@ -43,6 +44,15 @@ class RunEvent(Event):
     """An event of the run of one policy on one domain."""
 
     pair: PairName
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunStarted(RunEvent):
+    """A run begins; it may have to wait for others."""
+
+    NAME: ClassVar[str] = "run.started"
+    SEVERITY: ClassVar[Severity] = Severity.DEBUG
+    started_at: datetime
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,12 +105,16 @@ class GuestFrozen(RunEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DomainExamined(RunEvent):
-    """What a run found below the domain: overlays by disk, free bytes by folder, where libvirt can say."""
+    """What was found below the domain: overlays by disk, free bytes by folder, where libvirt can say.
+
+    ``chain_limit`` is the depth at which no further overlay fits; None for a domain whose policies need none.
+    """
 
     NAME: ClassVar[str] = "domain.examined"
     SEVERITY: ClassVar[Severity] = Severity.DEBUG
-    chain_depth: dict[str, int]
-    free_bytes: dict[str, int]
+    chain_depth: Mapping[str, int]
+    free_bytes: Mapping[str, int]
+    chain_limit: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,15 +215,40 @@ class RunStuck(RunEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunFinished(RunEvent):
-    """The one line that sums a run up. ``result`` is taken, unchanged, nothing_due, skipped or failed."""
+    """The one line that sums a run up, with everything known of it; :mod:`.summary` makes it of the run's other events.
+
+    ``result`` is taken, unchanged, nothing_due, skipped or failed; ``reason`` and ``detail`` say why of the last two.
+    ``downgraded`` is why the guest was not frozen although its policy asks for it. ``deleted_snapshots`` are in the
+    order they went; ``waiting`` counts released ones by what they wait for. ``hooks`` are the words of those that ran,
+    with whether they did well.
+    """
 
     NAME: ClassVar[str] = "run.finished"
     result: str
-    scheduled_at: datetime | None
-    snapshot: str | None
-    deleted: int
-    blocked: int
+    started_at: datetime
+    ended_at: datetime
     duration_seconds: float
+    scheduled_at: datetime | None = None
+    snapshot: str | None = None
+    kind: str | None = None
+    consistency: str | None = None
+    frozen: tuple[str, ...] = ()
+    excluded: tuple[str, ...] = ()
+    paused_seconds: float | None = None
+    take_seconds: float | None = None
+    downgraded: str | None = None
+    reason: str | None = None
+    detail: str | None = None
+    quarantined: bool = False
+    deleted: int = 0
+    deleted_snapshots: tuple[str, ...] = ()
+    delete_seconds: float = 0.0
+    delete_error: str | None = None
+    blocked: int = 0
+    waiting: Mapping[str, int] = field(default_factory=dict)
+    hooks: Mapping[str, bool] = field(default_factory=dict)
+    chain_depth: Mapping[str, int] = field(default_factory=dict)
+    free_bytes: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def severity(self) -> Severity:
@@ -219,10 +258,11 @@ class RunFinished(RunEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DomainThawed(Event):
-    """A guest that a broken call may have left frozen was thawed, or is gone or off."""
+    """A guest that a broken call may have left frozen was thawed, or is gone, so that its name is not known, or off."""
 
     NAME: ClassVar[str] = "domain.thawed"
     SEVERITY: ClassVar[Severity] = Severity.WARNING
+    domain: str | None
     domain_uuid: str
 
 
@@ -232,6 +272,7 @@ class ThawFailed(Event):
 
     NAME: ClassVar[str] = "domain.thaw_failed"
     SEVERITY: ClassVar[Severity] = Severity.ERROR
+    domain: str | None
     domain_uuid: str
     error: str
 

@@ -12,13 +12,22 @@ from typing import TYPE_CHECKING
 
 from kvmsnapd.disks import data_folders
 from kvmsnapd.errors import DomainLockedError, HypervisorError, StorageBusyError
-from kvmsnapd.events import DomainExamined, HookFinished, RunFinished, RunSkipped, RunStuck, SnapshotUnchanged
+from kvmsnapd.events import (
+    HookFinished,
+    RunEvent,
+    RunFinished,
+    RunSkipped,
+    RunStarted,
+    RunStuck,
+    SnapshotUnchanged,
+)
+from kvmsnapd.fleet import examine
 from kvmsnapd.gates import HostGate, StorageGates
 from kvmsnapd.hooks import run_hook
 from kvmsnapd.model import Consistency
 from kvmsnapd.plan import due_for, plan_run
-from kvmsnapd.preflight import chain_depths
 from kvmsnapd.pruner import Pruner
+from kvmsnapd.summary import sum_up
 from kvmsnapd.take import Taker
 from kvmsnapd.thaw import Thawer
 
@@ -26,7 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from datetime import datetime
 
-    from kvmsnapd.events import Publish
+    from kvmsnapd.events import Event, Publish
     from kvmsnapd.fleet import Pair
     from kvmsnapd.hypervisor import Hypervisor
     from kvmsnapd.model import Domain, TakeRequest
@@ -93,11 +102,19 @@ class Executor:
     """Returns the pair as it is now configured, None if the pair is gone or nothing more is to be begun."""
     # Per pair, why it is in quarantine, so that it is told once.
     _quarantine: dict[str, str] = field(default_factory=dict)
+    # Per pair whose run goes on, what it has published.
+    _said: dict[str, list[RunEvent]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.thawer = Thawer(self.hypervisor, self.locks, self.intents, self.publish)
-        self._taker = Taker(self.hypervisor, self.intents, self.thawer, self.publish, self.stopwatch)
-        self._pruner = Pruner(self.hypervisor, self.gates, self.current, self.publish, self.clock, self.stopwatch)
+        self._taker = Taker(self.hypervisor, self.intents, self.thawer, self._say, self.stopwatch)
+        self._pruner = Pruner(self.hypervisor, self.gates, self.current, self._say, self.clock, self.stopwatch)
+
+    def _say(self, event: Event) -> None:
+        """Publish an event, and keep it for the line that sums its run up."""
+        if isinstance(event, RunEvent) and event.pair.key in self._said:
+            self._said[event.pair.key].append(event)
+        self.publish(event)
 
     def run(self, pair: Pair) -> Outcome:
         """Take what is due for this pair and prune what retention then releases; report all of it as events.
@@ -105,7 +122,9 @@ class Executor:
         Nothing is assumed from before: policy, domain, snapshots and the slot that is due are read again under the
         lock. What goes wrong becomes events and an outcome; nothing is raised.
         """
-        started = self.stopwatch()
+        started, started_at = self.stopwatch(), self.clock()
+        self._said[pair.name.key] = []
+        self.publish(RunStarted(pair=pair.name, started_at=started_at))
         stuck = RunStuck(pair=pair.name, after_seconds=PATIENCE.total_seconds())
         try:
             with (
@@ -124,17 +143,16 @@ class Executor:
         except Exception as error:
             logging.getLogger(__name__).exception("run of %s", pair.name.key)
             outcome = self._skip(pair, "unforeseen", f"{type(error).__name__}: {error}")
-        self.publish(
-            RunFinished(
-                pair=pair.name,
-                result=outcome.result,
-                scheduled_at=outcome.scheduled_at,
-                snapshot=outcome.snapshot,
-                deleted=outcome.deleted,
-                blocked=outcome.blocked,
-                duration_seconds=self.stopwatch() - started,
-            )
+        ended = RunFinished(
+            pair=pair.name,
+            result=outcome.result,
+            started_at=started_at,
+            ended_at=self.clock(),
+            duration_seconds=self.stopwatch() - started,
+            scheduled_at=outcome.scheduled_at,
+            snapshot=outcome.snapshot,
         )
+        self.publish(sum_up(ended, self._said.pop(pair.name.key, ())))
         return outcome
 
     def _run_locked(self, pair: Pair) -> Outcome:
@@ -163,7 +181,16 @@ class Executor:
                 self._note_debt(pair, outcome.snapshot, blocked - len(plan.blocked))
         elif plan.refusal:
             self._pruner.report(pair, plan.blocked)
+        if outcome.result is Result.TAKEN or made_room or deleted:
+            self._look_again(pair)
         return replace(outcome, deleted=made_room + deleted, blocked=blocked)
+
+    def _look_again(self, pair: Pair) -> None:
+        """Publish what the domain stands on after all that was done to it."""
+        with suppress(HypervisorError):  # the run did well nevertheless
+            domain = self.hypervisor.domain(pair.name.domain_uuid)
+            storage = self.hypervisor.storage(domain, data_folders(domain, pair.policy))
+            self._say(examine(pair, domain, storage, self.hypervisor.capabilities()))
 
     def _note_debt(self, pair: Pair, name: str | None, more: int) -> None:
         """Write into the newest snapshot's description that more has to wait than was planned."""
@@ -225,16 +252,15 @@ class Executor:
         if self.intents.exists(domain.uuid):
             # It may be frozen and its agent does not answer: to ask it for another freeze would only take time.
             domain = replace(domain, agent_connected=False)
-        now = self.clock()
+        now, capabilities = self.clock(), self.hypervisor.capabilities()
         slot = due_for(domain, pair.policy, now).slot
         storage = self.hypervisor.storage(domain, data_folders(domain, pair.policy)) if slot else None
         if storage:
-            depths, free = chain_depths(domain), dict(storage.free_bytes)
-            self.publish(DomainExamined(pair=pair.name, chain_depth=depths, free_bytes=free))
+            self._say(examine(pair, domain, storage, capabilities))
         plan = plan_run(
             domain,
             pair.policy,
-            self.hypervisor.capabilities(),
+            capabilities,
             now=now,
             attempt=self._taker.next_attempt(pair, slot),
             unwilling=self._pruner.unwilling(pair),
@@ -250,7 +276,7 @@ class Executor:
             self._quarantine[key] = refusal.detail
         else:
             self._quarantine.pop(key, None)
-        self.publish(
+        self._say(
             RunSkipped(
                 pair=pair.name, reason=refusal.reason, detail=refusal.detail, quarantined=quarantined, again=again
             )
@@ -258,14 +284,14 @@ class Executor:
         return Outcome(Result.SKIPPED, slot, quarantined=quarantined)
 
     def _skip(self, pair: Pair, reason: str, detail: str) -> Outcome:
-        self.publish(RunSkipped(pair=pair.name, reason=reason, detail=detail))
+        self._say(RunSkipped(pair=pair.name, reason=reason, detail=detail))
         return Outcome(Result.SKIPPED, pair.due.slot)
 
     def _confirm(self, pair: Pair, confirm: Confirm) -> Outcome:
         """Write into the newest snapshot's description that it holds the state of now."""
         self._quarantine.pop(pair.name.key, None)
         self.hypervisor.describe_snapshot(pair.name.domain_uuid, confirm.snapshot, confirm.mark)
-        self.publish(SnapshotUnchanged(pair=pair.name, snapshot=confirm.snapshot, scheduled_at=confirm.slot))
+        self._say(SnapshotUnchanged(pair=pair.name, snapshot=confirm.snapshot, scheduled_at=confirm.slot))
         return Outcome(Result.UNCHANGED, confirm.slot, confirm.snapshot)
 
     def _run_hook(self, pair: Pair, request: TakeRequest, word: str, result: str) -> bool:
@@ -283,7 +309,7 @@ class Executor:
             "SNAPSHOT_RESULT": result,
         }
         ended = run_hook(hook.command, variables, timeout=hook.timeout)
-        self.publish(
+        self._say(
             HookFinished(
                 pair=pair.name,
                 hook=word,

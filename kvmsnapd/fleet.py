@@ -12,9 +12,12 @@ from datetime import timedelta
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from kvmsnapd.events import DomainExamined
 from kvmsnapd.matching import Coverage, assign, missing_domains
-from kvmsnapd.model import PairName
+from kvmsnapd.model import Consistency, PairName
 from kvmsnapd.plan import due_for, plan_run
+from kvmsnapd.policy import ConsistencyRule
+from kvmsnapd.preflight import chain_depths, tightest_chain
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -34,6 +37,13 @@ _TOLERANCE = timedelta(seconds=30)
 """A run may end between the reading of the clock and that of libvirt."""
 
 
+_WORSE = {
+    ConsistencyRule.FILESYSTEM: {Consistency.CRASH},
+    ConsistencyRule.FILESYSTEM_PREFERRED: {Consistency.CRASH},
+    ConsistencyRule.MEMORY: {Consistency.CRASH, Consistency.FILESYSTEM},
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Pair:
     """One domain under one policy. ``snapshots`` are the policy's own ones, newest slot first.
@@ -51,6 +61,16 @@ class Pair:
     due: Due
     policies: tuple[Policy, ...] = ()
     """All policies of the domain, which share one backing chain."""
+
+    @property
+    def consistency(self) -> Consistency | None:
+        """What a guest would find after going back to the newest good snapshot; None before the first."""
+        return self.newest.mark.consistency if self.newest and self.newest.mark else None
+
+    @property
+    def below_consistency(self) -> bool:
+        """Whether the newest good snapshot is worse than the policy asks, or prefers."""
+        return self.consistency in _WORSE.get(self.policy.consistency, ())
 
     def age(self, now: datetime) -> timedelta | None:
         """Return how old the newest good snapshot is, or None before the first."""
@@ -97,6 +117,16 @@ def plan_next(pair: Pair, domain: Domain, capabilities: Capabilities, storage: S
     """Return the plan of the pair's next run: the one that is due, or else that of its next slot."""
     at = max(now, pair.due.run_at)
     return plan_run(domain, pair.policy, capabilities, now=at, storage=storage, policies=pair.policies)
+
+
+def examine(pair: Pair, domain: Domain, storage: Storage, capabilities: Capabilities) -> DomainExamined:
+    """Return what was found below a domain, as an event of this pair."""
+    return DomainExamined(
+        pair=pair.name,
+        chain_depth=chain_depths(domain),
+        free_bytes=dict(storage.free_bytes),
+        chain_limit=tightest_chain(pair.policies, ceiling=capabilities.chain_ceiling),
+    )
 
 
 def survey(

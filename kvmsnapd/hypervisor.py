@@ -50,6 +50,13 @@ class Hypervisor(Protocol):
             HypervisorUnreachableError: as above.
         """
 
+    def free_bytes(self, folder: str) -> int | None:
+        """Return what is free in a folder now; None if that cannot be told.
+
+        Raises:
+            HypervisorError: libvirt went away, or refuses to tell.
+        """
+
     def allocated(self, overlays: Iterable[tuple[str, str]]) -> Mapping[str, int]:
         """Return, by disk target, the bytes these overlays take; those that cannot be told are left out."""
 

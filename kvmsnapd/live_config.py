@@ -35,7 +35,7 @@ class LiveConfig:
             ConfigError: it is not valid.
         """
         self.path, self._clock = path, clock
-        self.current = load_config(path)
+        self.current = load_config(path, check_web=True)
         self.loaded_at = clock()
         self.rejected: tuple[str, ...] = ()
         """What was wrong with the last one, if it was refused."""
@@ -81,7 +81,7 @@ class LiveConfig:
         """
         self._tried = self._fingerprint()
         try:
-            config = load_config(self.path)
+            config = load_config(self.path, check_web=True)
             if not asked and fingerprint(config.contents) != self._seen:
                 self._tried = ""
                 return None

@@ -115,15 +115,21 @@ def chain_limit(policy: Policy, capabilities: Capabilities) -> int:
     return min(policy.max_chain_depth, capabilities.chain_ceiling)
 
 
+def tightest_chain(policies: Sequence[Policy], *, ceiling: int) -> int | None:
+    """Return the depth at which all of one domain's policies stop; None if none of them makes overlays."""
+    limits = [policy.max_chain_depth for policy in policies if policy.kind is Kind.EXTERNAL]
+    return min(ceiling, *limits) if limits else None
+
+
 def chain_shortage(policies: Sequence[Policy], *, ceiling: int) -> str | None:
     """Return, as words, why a backing chain cannot hold all that these policies of one domain may keep; None if it can.
 
     One more than is kept exists while the newest is taken and the oldest not yet deleted.
     """
-    external = [policy for policy in policies if policy.kind is Kind.EXTERNAL]
-    if not external:
+    room = tightest_chain(policies, ceiling=ceiling)
+    if room is None:
         return None
-    room = min(ceiling, *(policy.max_chain_depth for policy in external))
+    external = [policy for policy in policies if policy.kind is Kind.EXTERNAL]
     most = [(policy.name, policy.keep.most(policy.schedule.shortest_interval)) for policy in external]
     if all(count is not None for _, count in most) and sum(count or 0 for _, count in most) < room:
         return None

@@ -38,9 +38,12 @@ class Thawer:
 
     def thaw(self, uuid: str) -> None:
         """Thaw one domain and clear its intent; an agent that does not answer leaves the intent for later."""
+        name = None
         try:
+            domain = self.hypervisor.domain(uuid)
+            name = domain.name
             # A guest that does not run is not frozen; a later start begins thawed.
-            if self.hypervisor.domain(uuid).state is not DomainState.SHUT_OFF:
+            if domain.state is not DomainState.SHUT_OFF:
                 self.hypervisor.thaw(uuid)
         except DomainNotFoundError:
             pass  # gone
@@ -52,11 +55,11 @@ class Thawer:
                 return
             if self._not_thawed.get(uuid) != str(error):
                 self._not_thawed[uuid] = str(error)
-                self.publish(ThawFailed(domain_uuid=uuid, error=str(error)))
+                self.publish(ThawFailed(domain=name, domain_uuid=uuid, error=str(error)))
             return
         self._not_thawed.pop(uuid, None)
         self.intents.clear(uuid)
-        self.publish(DomainThawed(domain_uuid=uuid))
+        self.publish(DomainThawed(domain=name, domain_uuid=uuid))
 
     def _knows_itself_thawed(self, uuid: str) -> bool:
         """Ask the agent what a frozen one refuses to answer."""

@@ -86,6 +86,11 @@ class FakeHypervisor:
                     layers[path] = Layer(path, self.written.get(path), below)
         return Storage(self.stored.free_bytes, layers)
 
+    def free_bytes(self, folder: str) -> int | None:
+        """See the port."""
+        self._begin("free_bytes", folder)
+        return self.stored.free_bytes.get(folder)
+
     def files(self, folder: str) -> tuple[Layer, ...] | None:
         """See the port."""
         self._begin("files", folder)

@@ -36,7 +36,7 @@ def schema(arguments: argparse.Namespace) -> int:  # noqa: ARG001  # as all answ
 def check_config(arguments: argparse.Namespace) -> int:
     """Print what the configuration says, or raise ConfigError; with ``--connect`` also what fits no domain."""
     try:
-        config = load_config(arguments.config)
+        config = load_config(arguments.config, check_web=True)
     except ConfigError as error:
         if arguments.json:
             print(json.dumps({"problems": [_problem_object(problem) for problem in error.problems]}, indent=2))

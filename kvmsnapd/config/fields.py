@@ -164,6 +164,13 @@ def _absolute(value: str) -> str:
     return value
 
 
+def _prom_file(value: str) -> str:
+    if not _absolute(value).endswith(".prom"):
+        msg = "write a path that ends in .prom: node_exporter reads no other files"
+        raise InvalidValueError(msg)
+    return value
+
+
 def _no_secret(value: str) -> str:
     if not value:
         msg = "write a URI of libvirt, such as qemu:///system"
@@ -205,6 +212,7 @@ Flag = Annotated[
     WithJsonSchema({"anyOf": [{"type": "boolean"}, {"enum": ["on", "off", "yes", "no"]}]}),
 ]
 AbsolutePath = Annotated[str, AfterValidator(_absolute), WithJsonSchema({"type": "string", "pattern": "^/"})]
+PromFile = Annotated[str, AfterValidator(_prom_file), WithJsonSchema({"type": "string", "pattern": r"^/.*\.prom$"})]
 Uri = Annotated[str, AfterValidator(_no_secret)]
 ScheduleText = Annotated[
     str,

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from kvmsnapd.config.yaml_document import Location
 
-_MOST_BYTES = 4 * 2**20
+MOST_BYTES = 4 * 2**20
 _MOST_FILES = 1000
 SECTIONS = ("policies", "domains", "defaults", "metrics", "log")
 """Sections of which each file may give some entries."""
@@ -94,10 +94,10 @@ def read_contents(path: Path) -> tuple[Contents, list[str]]:
     contents: Contents = []
     problems: list[Problem] = []
     parts, warnings = _list_parts(path)
-    left, owner = _MOST_BYTES, _owner(path)
+    left, owner = MOST_BYTES, owner_of(path)
     for file in (path, *parts):
         try:
-            contents.append((file, _read(file, owner, left)))
+            contents.append((file, read_file(file, owner, left)))
         except ConfigError as error:
             problems += error.problems
         else:
@@ -113,7 +113,7 @@ def parse_contents(contents: Contents) -> Sources:
     nodes = 0
     for file, content in contents:
         try:
-            document = parse_yaml(str(file), _decode(file, content))
+            document = parse_yaml(str(file), decode(file, content))
         except ConfigError as error:
             sources.problems += error.problems
             sources.whole = False
@@ -139,7 +139,7 @@ def fingerprint(contents: Contents) -> str:
 def _list_parts(path: Path) -> tuple[list[Path], list[str]]:
     """Return the files of ``conf.d``, sorted, and warnings of those that look as if they were meant to be."""
     folder = path.parent / "conf.d"
-    owner = _owner(path)
+    owner = owner_of(path)
     try:
         status = folder.stat()
     except FileNotFoundError:
@@ -164,7 +164,8 @@ def _list_parts(path: Path) -> tuple[list[Path], list[str]]:
     return parts, [str(Problem("is not read; files of conf.d end in .yaml", str(folder / name))) for name in missed]
 
 
-def _owner(main: Path) -> int | None:
+def owner_of(main: Path) -> int | None:
+    """Return the user to whom a file belongs, None if that cannot be seen."""
     try:
         return main.stat().st_uid
     except (OSError, ValueError):  # told when it is read
@@ -180,7 +181,8 @@ def _check_owner(status: os.stat_result, file: Path, owner: int | None) -> None:
         raise ConfigError([Problem(f"{who}; nothing was changed", str(file))])
 
 
-def _read(path: Path, owner: int | None, most: int) -> bytes:
+def read_file(path: Path, owner: int | None, most: int) -> bytes:
+    """Return what is in a file; raise ConfigError if it cannot be read, is too large, or anybody could change it."""
     try:
         # Without O_NONBLOCK a pipe that nobody writes into would hold us up for ever.
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
@@ -193,12 +195,13 @@ def _read(path: Path, owner: int | None, most: int) -> bytes:
         why = (isinstance(error, OSError) and error.strerror) or error
         raise ConfigError([Problem(f"cannot be read: {why}; nothing was changed", str(path))]) from error
     if len(content) > most:
-        message = f"the file is larger than {_MOST_BYTES} bytes, or makes all files larger than that"
+        message = f"the file is larger than {MOST_BYTES} bytes, or makes all files larger than that"
         raise ConfigError([Problem(message, str(path))])
     return content
 
 
-def _decode(path: Path, content: bytes) -> str:
+def decode(path: Path, content: bytes) -> str:
+    """Return the text of a file; raise ConfigError with the place where it is none."""
     try:
         return content.decode()
     except UnicodeDecodeError as error:

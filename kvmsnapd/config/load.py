@@ -15,6 +15,7 @@ from kvmsnapd.config.files import SECTIONS, Contents, Sources, parse_contents, r
 from kvmsnapd.config.models import FileSettings, Settings
 from kvmsnapd.config.problems import MOST_TOLD, Complaint, complaint_of, not_a_section, unknown_key, unknown_policies
 from kvmsnapd.config.resolve import Policies, resolve, resolve_keys
+from kvmsnapd.config.web_config import load_web_config
 from kvmsnapd.durations import format_duration
 from kvmsnapd.errors import ConfigError, Problem
 from kvmsnapd.model import CHAIN_CEILING
@@ -149,16 +150,20 @@ def runtime_directory_of(path: Path) -> Path:
     return Path(written) if isinstance(written, str) else service_directory("RUNTIME_DIRECTORY")
 
 
-def load_config(path: Path) -> Config:
+def load_config(path: Path, *, check_web: bool = False) -> Config:
     """Read the files and the environment.
+
+    Args:
+        check_web: whether to read the web configuration as well, which not everybody may, and have its problems told
+            together with the others.
 
     Raises:
         ConfigError: with every problem found, in the order of the files; nothing is in force then.
     """
-    return load_contents(*read_contents(path))
+    return load_contents(*read_contents(path), check_web=check_web)
 
 
-def load_contents(contents: Contents, warnings: Iterable[str] = ()) -> Config:
+def load_contents(contents: Contents, warnings: Iterable[str] = (), *, check_web: bool = False) -> Config:
     """Make a configuration of files that were read already, and of the environment; raise ConfigError if it is none."""
     sources, environment = parse_contents(contents), read_environment()
     # pydantic-settings does not mind capitals, and has options that begin with an underscore.
@@ -186,6 +191,8 @@ def load_contents(contents: Contents, warnings: Iterable[str] = ()) -> Config:
     else:
         complaints += wrong
     problems += [_place(complaint, sources, environment) for complaint in complaints]
+    if check_web and settings and settings.metrics.enabled and settings.metrics.web_config:
+        problems += _web_problems(Path(settings.metrics.web_config))
     if settings is None or problems:
         raise ConfigError(_in_order(problems, contents))
     return Config(
@@ -199,6 +206,14 @@ def load_contents(contents: Contents, warnings: Iterable[str] = ()) -> Config:
         _sources=sources,
         _spelled=policies.spelled,
     )
+
+
+def _web_problems(path: Path) -> list[Problem]:
+    try:
+        load_web_config(path)
+    except ConfigError as error:
+        return error.problems
+    return []
 
 
 def _validate(data: dict[str, Any], *, use_environment: bool) -> tuple[Settings | None, list[Complaint]]:
@@ -253,7 +268,8 @@ def _place(complaint: Complaint, sources: Sources, environment: Environment) -> 
 
 def _in_order(problems: Iterable[Problem], contents: Contents) -> list[Problem]:
     """Return the problems sorted by place: those of the environment first, then file by file; each once."""
-    rank = {str(path): index for index, (path, _) in enumerate(contents)}
+    names = dict.fromkeys([*(str(path) for path, _ in contents), *(p.file for p in problems if p.line)])
+    rank = {name: index for index, name in enumerate(names)}  # other files last
     # What an alias repeats is told once, by the path that comes first.
     once = {(p.file, p.line, p.column, p.message): p for p in reversed(list(problems))}.values()
     ordered = sorted(once, key=lambda p: (rank.get(p.file, -1), p.line, p.column, p.message))

@@ -30,6 +30,7 @@ from kvmsnapd.config.fields import (
     OrEmpty,
     PolicyName,
     PositiveDuration,
+    PromFile,
     ScheduleText,
     Selector,
     Size,
@@ -224,10 +225,16 @@ class MetricsSettings(_Section):
 
     enabled: Flag = True
     """Whether to serve metrics over HTTP."""
-    listen: str = "127.0.0.1"
-    """Address to listen on."""
+    listen: str = Field(default="127.0.0.1", examples=["::1"])
+    """Address to listen on, or the absolute path of a unix socket."""
     port: Annotated[int, Field(ge=0, le=65535), NUMBER] = 9783
     """Port to listen on; 0 chooses a free one, which the log names."""
+    web_config: AbsolutePath | None = Field(default=None, examples=["/etc/kvmsnapd/web.yaml"])
+    """File in the way of Prometheus' web configuration: TLS, client certificates, users and passwords. It is read anew
+    when it, or a certificate, changes."""
+    textfile: PromFile | None = Field(default=None, examples=["/var/lib/prometheus/node-exporter/kvmsnapd.prom"])
+    """File to write the metrics into at every tick, for the textfile collector of node_exporter; it ends in .prom. For
+    hosts that open no port, together with `enabled: false`."""
 
 
 class LogSettings(_Section):
@@ -235,8 +242,9 @@ class LogSettings(_Section):
 
     level: Literal["debug", "info", "warning", "error"] = "info"
     """The least severe events to log."""
-    format: Literal["auto", "json", "console"] = "auto"
-    """json: one object a line; console: for people; auto: console on a terminal, json elsewhere."""
+    format: Literal["auto", "json", "console", "journal"] = "auto"
+    """json: one object a line; console: for people; journal: to systemd's journal, each key a field of its own; auto:
+    console on a terminal, json elsewhere."""
 
 
 class Settings(BaseSettings):

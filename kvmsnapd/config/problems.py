@@ -13,6 +13,8 @@ from kvmsnapd.errors import InvalidValueError, shown
 from kvmsnapd.naming import is_policy_name
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pydantic_core import ErrorDetails
 
     from kvmsnapd.config.yaml_document import Location
@@ -58,14 +60,20 @@ _MOST_LISTED = 20
 _FORMS = {"list", "mapping"}
 
 
-def complaint_of(error: ErrorDetails) -> Complaint:
-    """Return pydantic's complaint in our words, at the path without pydantic's own marks."""
+def complaint_of(error: ErrorDetails, unknown_key: Callable[[str, Location], str] | None = None) -> Complaint:
+    """Return pydantic's complaint in our words, at the path without pydantic's own marks.
+
+    Args:
+        unknown_key: says that a section has no such key, for other files than the configuration's own.
+    """
     location = error["loc"]
     if location[:1] == ("domains",) and len(location) > 2 and location[2] in _FORMS:  # noqa: PLR2004  # of an entry
         location = (*location[:2], *location[3:])
     unknown = error["type"] == "extra_forbidden"
     of_name = not unknown and location[2:] == ("[key]",)  # a policy or domain may be called so as well
     location = location[:2] if of_name else location
+    if unknown and unknown_key:
+        return Complaint(location, unknown_key(str(location[-1]), location[:-1]), of_key=True)
     return Complaint(location, _describe(error, location), of_key=unknown or of_name)
 
 

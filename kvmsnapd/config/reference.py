@@ -1,23 +1,31 @@
 """What is made from the models: the reference config/README.md, the commented default file, the JSON Schema.
 
+And from the events' classes, their table in config/LOGGING.md.
+
 A test fails while one is stale; ``python -m kvmsnapd.config.reference`` writes them.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
+import re
 import sys
 from pathlib import Path
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
+from kvmsnapd import daemon_events, events
 from kvmsnapd.config.fields import SIZE_PATTERN
 from kvmsnapd.config.models import NEEDS_RESTART
 from kvmsnapd.config.schema import render_schema, settings_schema
 from kvmsnapd.config.yaml_document import to_yaml
 from kvmsnapd.durations import DURATION_PATTERN
+from kvmsnapd.events import Event, RunEvent, Severity
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+    from types import ModuleType
 
 FOLDER = Path(__file__).parents[2] / "config"
 
@@ -192,8 +200,49 @@ def _comment(text: str, indent: str, *, hidden: bool = False) -> Iterable[str]:
     return wrap(_line(text), _WIDTH, initial_indent=lead, subsequent_indent=lead, break_on_hyphens=False)
 
 
+_BEGIN, _END = "<!-- begin: made by kvmsnapd.config.reference -->\n", "<!-- end -->\n"
+
+
+def render_logging() -> str:
+    """Return the document of the logs, as it is written by hand, with the tables of the events between its markers."""
+    text = (FOLDER / "LOGGING.md").read_text()
+    before, after = text.partition(_BEGIN)[0], text.rpartition(_END)[2]
+    kinds = [*_events_of(events), *_events_of(daemon_events)]
+    parts = {
+        "Of a run; each has the keys `domain`, `domain_uuid` and `policy` as well:": True,
+        "Of the daemon as a whole:": False,
+    }
+    tables = [
+        [words, "", "| event | level | keys | meaning |", "|---|---|---|---|"]
+        + [_event_row(kind) for kind in kinds if issubclass(kind, RunEvent) is of_a_run]
+        for words, of_a_run in parts.items()
+    ]
+    return "\n".join([before + _BEGIN, *("\n".join([*table, ""]) for table in tables), _END + after])
+
+
+def _events_of(module: ModuleType) -> list[type[Event]]:
+    classes = [kind for kind in vars(module).values() if isinstance(kind, type) and kind.__module__ == module.__name__]
+    return [kind for kind in classes if issubclass(kind, Event) and hasattr(kind, "NAME")]
+
+
+def _event_row(kind: type[Event]) -> str:
+    keys = ", ".join(f"`{field.name}`" for field in dataclasses.fields(kind) if field.name != "pair")
+    sentence = re.split(r"(?<=\.)\s", _line(inspect.getdoc(kind) or ""), maxsplit=1)[0]
+    sentence = re.sub(r":mod:`\.?|``", "`", sentence)
+    return f"| `{kind.NAME}` | {_levels_of(kind)} | {keys} | {sentence} |"
+
+
+def _levels_of(kind: type[Event]) -> str:
+    """Return the level, or all that the event may have by what its property says."""
+    named = set(
+        re.findall(r"Severity\.([A-Z]+)", inspect.getsource(kind.__dict__.get("severity", Event.severity).fget))
+    )
+    return " or ".join(level for level in Severity if level.name in named) or kind.SEVERITY
+
+
 FILES = {
     FOLDER / "README.md": render_reference,
+    FOLDER / "LOGGING.md": render_logging,
     FOLDER / "kvmsnapd.yaml": render_default_file,
     FOLDER / "kvmsnapd.schema.json": render_schema,
 }

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from concurrent.futures import Future
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 import libvirt
 
-from kvmsnapd.errors import HypervisorUnreachableError
+from kvmsnapd.errors import HypervisorUnreachableError, without_passwords
 from kvmsnapd.libvirt_host.translate import translated_errors
 
 if TYPE_CHECKING:
@@ -22,6 +24,13 @@ _KEEPALIVE_INTERVAL_SECONDS, _KEEPALIVE_COUNT = 5, 3
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.5, 30.0
 
 _OPEN_WITHIN_SECONDS = 10.0
+
+_SOURCES = {
+    number: name.removeprefix("VIR_FROM_").lower()
+    for name, number in vars(libvirt).items()
+    if name.startswith("VIR_FROM_")
+}
+_GRADES = {libvirt.VIR_ERR_WARNING: "warning", libvirt.VIR_ERR_ERROR: "error"}
 
 _event_loop_lock = threading.Lock()
 _event_loop_started = False
@@ -38,10 +47,19 @@ def start_event_loop() -> None:
         if _event_loop_started:
             return
         # libvirt would print every error to stderr; they arrive as exceptions.
-        libvirt.registerErrorHandler(lambda _context, _error: None, None)
+        libvirt.registerErrorHandler(_note_message, None)
         libvirt.virEventRegisterDefaultImpl()
         threading.Thread(target=_run_event_loop, name="libvirt-events", daemon=True).start()
         _event_loop_started = True
+
+
+def _note_message(_context: object, error: tuple[Any, ...]) -> None:
+    """Log what libvirt says. It is called on any thread, inside of libvirt: it must not raise, nor call libvirt."""
+    with suppress(Exception):
+        code, source, text, level, *_ = error
+        words = {"code": code, "source": _SOURCES.get(source, str(source)), "grade": _GRADES.get(level), "text": text}
+        # Not more: lookups of what may be gone fail all day, and what matters is raised as well.
+        logging.getLogger(__name__).debug("libvirt.message", extra=words)
 
 
 def _run_event_loop() -> None:
@@ -147,7 +165,8 @@ class Connection:
         return connection
 
     def _unreachable(self, words: str) -> HypervisorUnreachableError:
-        return HypervisorUnreachableError(f"cannot reach libvirt at {self.uri}: {words}", operation="connect")
+        msg = without_passwords(f"cannot reach libvirt at {self.uri}: {words}")
+        return HypervisorUnreachableError(msg, operation="connect")
 
     def close(self) -> None:
         """Close the connections of all threads; a later use opens a new one."""

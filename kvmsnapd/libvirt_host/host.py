@@ -159,6 +159,10 @@ class LibvirtHost:
                     layers.update((layer.path, layer) for layer in self._pools.chain(disk.path))
         return Storage({folder: count for folder, count in free.items() if count is not None}, layers)
 
+    def free_bytes(self, folder: str) -> int | None:
+        """See the port."""
+        return self._pools.free_bytes(folder) if self.capabilities().storage_api else None
+
     def allocated(self, overlays: Iterable[tuple[str, str]]) -> Mapping[str, int]:
         """See the port."""
         if not self.capabilities().storage_api:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _WITHIN_S = 40.0
 
 
-@dataclass
+@dataclass(eq=False)
 class DaemonProcess:
     """One `kvmsnapd run` with a configuration of its own; what it says is in `log`, as JSON lines.
 
@@ -47,12 +47,12 @@ class DaemonProcess:
         """What all processes on this directory have written to stderr."""
         return self.directory / "log"
 
-    def write_config(self, policies: str) -> None:
-        """Write the configuration with these policies and the directories and port of this instance."""
+    def write_config(self, policies: str, *, port: int = 0) -> None:
+        """Write the configuration with these policies, this port (0 is any), and the directories of this instance."""
         self.directory.mkdir(parents=True, exist_ok=True)
         own = f"state_directory: {self.directory}/state\nruntime_directory: {self.directory}/run\n"
         self.config.write_text(
-            f"{policies}\n{own}metrics: {{port: 0}}\ntick: 1s\nlog: {{level: debug, format: json}}\n"
+            f"{policies}\n{own}metrics: {{port: {port}}}\ntick: 1s\nlog: {{level: debug, format: json}}\n"
         )
 
     def start(self) -> None:

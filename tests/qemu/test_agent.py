@@ -159,7 +159,7 @@ def test_hung_when_it_is_asked_to_freeze_the_guest_is_thawed_once_it_wakes_up(
     wait_for(guest.agent_answers)
     wait_for(guest.frozen)  # else this test would show nothing
     runs.executor.thawer.thaw_all()  # as each tick does
-    assert runs.events[-1] == DomainThawed(domain_uuid=uuid)
+    assert runs.events[-1] == DomainThawed(domain=guest.name, domain_uuid=uuid)
     assert runs.intents.outstanding() == []
     assert not guest.frozen()
     guest.write("/mnt/after", b"still writable")

@@ -438,7 +438,7 @@ def test_trap_7_a_guest_left_frozen_is_thawed_by_the_next_life_of_the_daemon(
         assert problem.subject == guest.name
     with Runs(libvirtd.uri, tmp_path / "state", now=first.now) as second:
         second.executor.thawer.thaw_all()
-        assert second.events == [DomainThawed(domain_uuid=uuid)]
+        assert second.events == [DomainThawed(domain=guest.name, domain_uuid=uuid)]
         assert second.intents.outstanding() == []
         assert not guest.frozen()
         guest.write("/mnt/after", b"still writable")
@@ -446,7 +446,7 @@ def test_trap_7_a_guest_left_frozen_is_thawed_by_the_next_life_of_the_daemon(
         # A run that comes before the tick's thaw begins with it.
         left_frozen(second, guest, libvirtd)
         ran = second.run(guest, a_policy(keep="last=20", max_chain_depth=60))
-        assert ran.events[0] == DomainThawed(domain_uuid=uuid)
+        assert ran.events[0] == DomainThawed(domain=guest.name, domain_uuid=uuid)
         assert not guest.frozen()
 
         # One that is shut off is not frozen any more.

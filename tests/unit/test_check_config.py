@@ -172,7 +172,9 @@ def test_problems_as_json_are_objects_and_end_with_78(capsys: Capture, write: Wr
                 "line": 2,
                 "column": 3,
                 "key": "metrics.prot",
-                "message": "unknown key `prot`; did you mean `port`? Allowed are enabled, listen, port",
+                "message": (
+                    "unknown key `prot`; did you mean `port`? Allowed are enabled, listen, port, web_config, textfile"
+                ),
             },
         ]
     }

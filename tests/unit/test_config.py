@@ -478,7 +478,7 @@ def test_an_unknown_key_in_the_environment_is_refused_with_its_variable(
     assert problems(write("domains: {}")) == [
         (
             "environment KVMSNAPD_METRICS__PROT: unknown key `prot`; did you mean `port`? Allowed are enabled, "
-            "listen, port"
+            "listen, port, web_config, textfile"
         )
     ]
 

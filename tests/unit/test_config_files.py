@@ -226,7 +226,7 @@ def test_a_device_is_refused(device: str) -> None:
 
 
 def test_a_name_that_no_file_can_have_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"cannot be read: embedded null byte; nothing was changed"):
+    with pytest.raises(ConfigError, match=r"cannot be read: .*embedded null .*; nothing was changed"):
         load_config(Path("a\0b"))
 
 

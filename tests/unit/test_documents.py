@@ -11,7 +11,7 @@ from kvmsnapd.config import load_config
 from kvmsnapd.config.reference import FILES
 from kvmsnapd.errors import ConfigError
 from kvmsnapd.metrics import Metrics
-from kvmsnapd.state_series import Observation
+from kvmsnapd.series import Observation
 from tests.builders import an_inventory
 from tests.unit.test_metrics import a_fleet
 
@@ -81,8 +81,9 @@ def test_every_key_that_the_default_file_has_commented_out_is_right_as_it_stands
     spoken = (
         spoken.replace("domains: {}", "domains:").replace("    memory: live\n", "").replace("    extends: basic\n", "")
     )
+    (tmp_path / "web.yaml").write_text("{}\n")
     path = tmp_path / "kvmsnapd.yaml"
-    path.write_text(spoken)
+    path.write_text(spoken.replace("/etc/kvmsnapd/web.yaml", str(tmp_path / "web.yaml")))
     config = load_config(path)
     assert list(config.selectors) == ["db01", "web-*", "/lab-[0-9]+/", "scratch-*"]
     assert config.settings.model_fields_set == set(type(config.settings).model_fields)

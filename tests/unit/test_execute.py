@@ -755,8 +755,9 @@ def test_a_run_tells_depth_and_space_while_something_is_due_and_asks_for_nothing
     bench = Bench(tmp_path, a_policy(overlay_directory="/overlays"))
     bench.fake.stored = Storage({"/overlays": 7})
     bench.run()
-    (event,) = bench.said(DomainExamined)
-    assert (event.chain_depth, event.free_bytes) == ({"vda": 0}, {"/overlays": 7})
+    before, after = bench.said(DomainExamined)
+    assert (before.chain_depth, after.chain_depth) == ({"vda": 0}, {"vda": 1})
+    assert before.free_bytes == after.free_bytes == {"/overlays": 7}
     assert ("storage", bench.uuid, "/overlays") in bench.fake.calls
     bench.fake.calls.clear()
     bench.run()

@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
+import os
 import re
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import libvirt
 import pytest
 import structlog
 
-from kvmsnapd.daemon_events import ConfigRejected
+from kvmsnapd.daemon_events import ConfigRejected, LibvirtLost
+from kvmsnapd.errors import HypervisorUnreachableError
 from kvmsnapd.events import (
     DomainExamined,
     Event,
     GuestFrozen,
     HookFinished,
     PruneBlocked,
+    RunEvent,
     RunFinished,
     RunSkipped,
     SnapshotDeleted,
@@ -25,13 +39,15 @@ from kvmsnapd.events import (
     SnapshotTaken,
     SnapshotUnchanged,
 )
-from kvmsnapd.logs import configure_logging, event_fields, log_event
+from kvmsnapd.libvirt_host.connection import Connection, _note_message
+from kvmsnapd.logs import bound, configure_logging, event_fields, log_event
 from kvmsnapd.model import PairName
 from tests.builders import UUID, at
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
+ROOT = Path(__file__).parents[2]
 PAIR = PairName("web1", UUID, "standard")
 PAIR_FIELDS = {"domain": "web1", "domain_uuid": UUID, "policy": "standard"}
 NAME = "kvmsnapd-standard-20261122T120000Z"
@@ -44,6 +60,7 @@ def _logging_as_before() -> Iterator[None]:
     yield
     root.handlers[:] = handlers
     root.setLevel(level)
+    logging.captureWarnings(capture=False)
     structlog.reset_defaults()
 
 
@@ -61,9 +78,8 @@ def logged(capsys: pytest.CaptureFixture[str], *events: Event, level: str = "inf
 
 
 def finished(result: str) -> RunFinished:
-    return RunFinished(
-        pair=PAIR, result=result, scheduled_at=None, snapshot=None, deleted=0, blocked=0, duration_seconds=0.5
-    )
+    begun = at("2026-11-22T12:00")
+    return RunFinished(pair=PAIR, result=result, started_at=begun, ended_at=begun, duration_seconds=0.5)
 
 
 def test_a_snapshot_taken_is_one_json_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -183,16 +199,46 @@ def test_records_of_libraries_have_the_same_form(capsys: pytest.CaptureFixture[s
     assert (line["event"], line["level"]) == ("it took 3 seconds", "warning")
 
 
-def test_a_traceback_is_part_of_the_line_and_shows_no_variables(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_traceback_is_part_of_the_line(capsys: pytest.CaptureFixture[str]) -> None:
     configure_logging(level="info", form="json")
-    secret = "hunter2"  # noqa: S105
     try:
-        _ = [0][len(secret)]
-    except IndexError:
+        _ = [0].index(1)
+    except ValueError:
         logging.getLogger("library").exception("it broke")
     (text,) = capsys.readouterr().err.splitlines()
-    assert json.loads(text)["exception"][0]["exc_type"] == "IndexError"
-    assert secret not in text
+    assert json.loads(text)["exception"][0]["exc_type"] == "ValueError"
+
+
+def break_with(secret: str) -> None:
+    """Raise an error that was caused by another, with a secret in a local variable of each frame."""
+    try:
+        _ = [0][len(secret)]
+    except IndexError as error:
+        told = {"token": secret}
+        msg = f"broken {len(told)}"
+        raise ValueError(msg) from error
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize("form", ["json", "console", "journal"])
+def test_tracebacks_show_errors_and_their_causes_but_no_variables(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, terminal: bool
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as receiver:
+        receiver.bind(str(tmp_path / "socket"))
+        configure_logging(level="info", form=form, journal_socket=tmp_path / "socket")
+        try:
+            break_with("2retnuh"[::-1])  # tracebacks show this very line
+        except ValueError:
+            logging.getLogger("library").exception("it broke")
+            structlog.stdlib.get_logger("ours").exception("it broke")
+        shown = capsys.readouterr().err
+        if form == "journal":
+            shown = (receiver.recv(1 << 20) + receiver.recv(1 << 20)).decode("latin-1")
+    assert shown.count("broken 1") >= 2
+    assert shown.count("IndexError") >= 2
+    assert "hunter2" not in shown
 
 
 def test_configuring_again_does_not_double_the_lines(capsys: pytest.CaptureFixture[str]) -> None:
@@ -221,6 +267,309 @@ def test_apscheduler_is_quiet_about_every_run(capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().err == ""
 
 
+def test_warnings_of_python_are_records(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging(level="info", form="json")
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        warnings.showwarning = logging._showwarning  # type: ignore[attr-defined]  # catch_warnings has put its own here
+        warnings.warn("this goes away", DeprecationWarning, stacklevel=1)
+    line = json.loads(capsys.readouterr().err)
+    assert (line["logger"], line["level"]) == ("py.warnings", "warning")
+    assert "this goes away" in line["event"]
+
+
+@pytest.mark.parametrize("form", ["json", "console"])
+def test_passwords_of_uris_are_never_shown(capsys: pytest.CaptureFixture[str], form: str) -> None:
+    configure_logging(level="info", form=form)
+    uri = "qemu+ssh://me:hun/t@er2@host/system"
+    log_event(LibvirtLost(uri=uri, error=f"cannot reach libvirt at {uri}: no"))
+    error = HypervisorUnreachableError(uri, operation="connect")
+    logging.getLogger("library").error("%s", uri, exc_info=error, extra={"deep": {"list": [uri]}, "error": error})
+    shown = capsys.readouterr().err
+    assert "er2" not in shown
+    assert shown.count("qemu+ssh://me:***@host/system") >= 6
+
+
+def test_addresses_without_a_password_stay_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    words = "http://[::1]:9783/metrics and qemu+ssh://me@host:22/system and a@b"
+    logged(capsys)
+    logging.getLogger("library").warning(words)
+    assert json.loads(capsys.readouterr().err)["event"] == words
+
+
+# Other libraries' records during a run
+
+
+def test_records_of_other_libraries_know_the_run_they_belong_to(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging(level="info", form="json")
+    with bound(PAIR):
+        logging.getLogger("library").warning("words")
+    line = json.loads(capsys.readouterr().err)
+    assert {key: line[key] for key in PAIR_FIELDS} == PAIR_FIELDS
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_the_next_job_of_the_same_thread_knows_nothing_of_the_run(
+    capsys: pytest.CaptureFixture[str], broken: bool
+) -> None:
+    configure_logging(level="info", form="json")
+
+    def run() -> None:
+        with bound(PAIR), bound(replace(PAIR, policy="inner")):
+            if broken:
+                raise ValueError
+
+    with ThreadPoolExecutor(1) as pool:
+        assert isinstance(pool.submit(run).exception(), ValueError) is broken
+        pool.submit(logging.getLogger("library").warning, "next").result()
+    assert not set(PAIR_FIELDS) & set(json.loads(capsys.readouterr().err))
+
+
+def test_an_event_says_itself_which_run_it_is_of(capsys: pytest.CaptureFixture[str]) -> None:
+    with bound(replace(PAIR, domain="other", policy="other")):
+        (line,) = logged(capsys, finished("taken"))
+    assert {key: line[key] for key in PAIR_FIELDS} == PAIR_FIELDS
+
+
+# What libvirt says
+
+
+def test_what_libvirt_says_is_for_those_who_debug(capfd: pytest.CaptureFixture[str]) -> None:
+    configure_logging(level="debug", form="json")
+    connection = Connection("test:///default", read_only=False).get()
+    capfd.readouterr()
+    with bound(PAIR), pytest.raises(libvirt.libvirtError):
+        connection.lookupByName("gone")
+    line = json.loads(capfd.readouterr().err)
+    assert (line["event"], line["level"], line["domain"]) == ("libvirt.message", "debug", "web1")
+    assert (line["code"], line["source"], line["grade"]) == (libvirt.VIR_ERR_NO_DOMAIN, "test", "error")
+    assert "not found" in line["text"]
+    configure_logging(level="info", form="json")
+    with pytest.raises(libvirt.libvirtError):
+        connection.lookupByName("gone")
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("error", [(), None, (object(), {}, b"\xff", None), (1, 10**6, None, 7, "more")], ids=repr)
+def test_whatever_libvirt_hands_over_does_not_raise(capsys: pytest.CaptureFixture[str], error: Any) -> None:  # noqa: ANN401
+    configure_logging(level="debug", form="json")
+    _note_message(None, error)
+    assert all(json.loads(line)["event"] == "libvirt.message" for line in capsys.readouterr().err.splitlines())
+
+
+# Under systemd, where stderr is the journal
+
+
+class Stream:
+    """A file that stands in for stderr, which systemd says is its journal."""
+
+    def __init__(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._path, self._monkeypatch = path, monkeypatch
+
+    @contextmanager
+    def configured(self, form: str = "json", stream: str = "") -> Iterator[list[str]]:
+        """Yield a list that has the lines at the end. Not in the fixture: pytest changes stderr after that."""
+        lines: list[str] = []
+        with self._path.open("w", errors="backslashreplace") as file, self._monkeypatch.context() as patch:
+            status = os.fstat(file.fileno())
+            patch.setattr("sys.stderr", file)
+            patch.setenv("JOURNAL_STREAM", stream or f"{status.st_dev}:{status.st_ino}")
+            configure_logging(level="debug", form=form)
+            yield lines
+        lines += self._path.read_text().splitlines()
+
+
+@pytest.fixture
+def journal_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stream:
+    return Stream(tmp_path / "stderr", monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("level", "prefix"),
+    [(logging.DEBUG, "<7>{"), (logging.INFO, "<6>{"), (logging.WARNING, "<4>{"), (logging.ERROR, "<3>{"), (50, "<2>{")],
+)
+def test_lines_for_the_journal_begin_with_their_priority(journal_stream: Stream, level: int, prefix: str) -> None:
+    with journal_stream.configured() as lines:
+        logging.getLogger("library").log(level, "words")
+    (line,) = lines
+    assert line.startswith(prefix)
+    assert json.loads(line[3:])["event"] == "words"
+
+
+def test_where_stderr_is_not_what_systemd_connected_lines_are_json_and_whole(journal_stream: Stream) -> None:
+    with journal_stream.configured(stream="1:2") as lines:
+        logging.getLogger("library").warning("x" * 100_000)
+    (line,) = lines
+    assert json.loads(line)["event"] == "x" * 100_000
+
+
+def test_people_see_no_priorities(journal_stream: Stream) -> None:
+    with journal_stream.configured("console") as lines:
+        log_event(finished("taken"))
+    assert not lines[0].startswith("<")
+
+
+def test_a_line_the_journal_would_break_apart_is_cut_and_says_so(journal_stream: Stream) -> None:
+    with journal_stream.configured() as lines:
+        log_event(ConfigRejected(path="/etc/x.yaml", problems=("short", "p" * 60_000)))
+        log_event(ConfigRejected(path="/etc/x.yaml", problems=tuple(f"problem {number}" for number in range(9000))))
+    long, many = (json.loads(line[3:]) for line in lines)
+    assert long["problems"] == ["short", "p" * 8192 + f"… [{60_000 - 8192} more characters]"]
+    assert many["problems"][511:] == ["problem 511", f"… [{9000 - 512} more]"]
+    assert (long["cut"], long["path"], many["cut"]) == (True, "/etc/x.yaml", True)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"a": "\n" * 48_000},
+        {"a": "\0" * 100_000},
+        {"a": ["😀" * 500] * 500},
+        {"a": {"ü" * 3000 + str(number): [[["\1" * 900] * 9] * 9] for number in range(9)}},
+        {f"k{number}": "\0" * 300 for number in range(900)},
+    ],
+    ids=["breaks", "zeros", "list", "nested", "keys"],
+)
+def test_no_line_is_longer_than_the_journal_takes(journal_stream: Stream, extra: dict[str, Any]) -> None:
+    with journal_stream.configured() as lines:
+        logging.getLogger("library").warning("\0" * 9000, extra=extra)
+    assert [len(line.encode()) < 48 * 1024 for line in lines] == [True]
+    record = json.loads(lines[0][3:])
+    assert (record["cut"], record["level"]) == (True, "warning")
+
+
+def test_a_line_just_short_enough_is_whole(journal_stream: Stream) -> None:
+    with journal_stream.configured() as lines:
+        logging.getLogger("library").warning("x" * 48_900)
+    assert "cut" not in json.loads(lines[0][3:])
+
+
+# Changes while it runs, and streams that break
+
+
+def test_a_reload_changes_level_and_format(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging(level="info", form="json")
+    log_event(finished("nothing_due"))
+    assert capsys.readouterr().err == ""
+    configure_logging(level="debug", form="console")
+    log_event(finished("nothing_due"))
+    assert "run.finished" in (shown := capsys.readouterr().err)
+    assert not shown.startswith("{")
+    configure_logging(level="error", form="json")
+    log_event(finished("taken"))
+    logging.getLogger("library").warning("words")
+    assert capsys.readouterr().err == ""
+
+
+def test_nothing_is_lost_or_doubled_while_it_is_configured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    errors: list[Exception] = []
+    done = threading.Event()
+    each = 1500
+
+    def write(name: str) -> None:
+        try:
+            for number in range(each):
+                logging.getLogger("library").warning("record %s.%d", name, number)
+                log_event(RunSkipped(pair=PAIR, reason=f"event-{name}-{number}.", detail=""))
+        except Exception as error:  # noqa: BLE001
+            errors.append(error)
+
+    def change() -> None:
+        while not done.is_set():
+            for form, level in (("json", "info"), ("console", "debug"), ("journal", "warning")):
+                configure_logging(level=level, form=form, journal_socket=tmp_path / "nobody")
+
+    with (tmp_path / "stderr").open("w") as stream:
+        monkeypatch.setattr("sys.stderr", stream)
+        configure_logging(level="info", form="json")
+        writers = [threading.Thread(target=write, args=(name,)) for name in "ab"]
+        changer = threading.Thread(target=change)
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)
+        try:
+            for thread in (*writers, changer):
+                thread.start()
+            for thread in writers:
+                thread.join()
+        finally:
+            sys.setswitchinterval(interval)
+            done.set()
+        changer.join()
+    text = (tmp_path / "stderr").read_text()
+    assert errors == []
+    assert sorted(re.findall(r"record ([ab]\.\d+)", text)) == sorted(f"{n}.{i}" for n in "ab" for i in range(each))
+    assert sorted(re.findall(r"event-([ab]-\d+)\.", text)) == sorted(f"{n}-{i}" for n in "ab" for i in range(each))
+
+
+def write_to_a_closed_file(stream: Any) -> None:  # noqa: ANN401
+    stream.close()
+
+
+def write_to_nobody(stream: Any) -> None:  # noqa: ANN401
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    os.dup2(write_end, stream.fileno())
+    os.close(write_end)
+
+
+def write_to_a_descriptor_that_is_gone(stream: Any) -> None:  # noqa: ANN401
+    os.close(stream.fileno())
+
+
+@pytest.mark.parametrize(
+    "spoil", [write_to_a_closed_file, write_to_nobody, write_to_a_descriptor_that_is_gone], ids=lambda f: f.__name__
+)
+def test_a_stderr_that_is_broken_never_raises(tmp_path: Path, spoil: Callable[[Any], None]) -> None:
+    """In a process of its own, since its stderr is what is broken."""
+    marker = tmp_path / "marker"
+    code = f"""
+import os, sys, logging
+from pathlib import Path
+from tests.unit.test_logs import PAIR, {spoil.__name__}, finished
+from kvmsnapd.logs import configure_logging, log_event
+configure_logging(level="info", form="json")
+{spoil.__name__}(sys.stderr)
+for form in ("json", "journal", "console", "auto"):
+    log_event(finished("taken"))
+    logging.getLogger("library").warning("words")
+    configure_logging(level="info", form=form, journal_socket=Path({str(tmp_path / "nobody")!r}))
+    log_event(finished("taken"))
+Path({str(marker)!r}).touch()
+os._exit(0)
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
+    assert marker.exists()
+
+
+def test_a_process_begun_without_stderr_may_log() -> None:
+    code = "from kvmsnapd.logs import *; configure_logging(level='info', form='auto'); logging.warning('words')"
+    subprocess.run(["sh", "-c", f'exec "{sys.executable}" -c "{code}" 2>&-'], cwd=ROOT, check=True)
+
+
+class Spiteful:
+    """A value that cannot be shown."""
+
+    def __repr__(self) -> str:
+        msg = "no"
+        raise ValueError(msg)
+
+
+@pytest.mark.parametrize("form", ["json", "console"])
+def test_a_record_that_cannot_be_shown_is_told_of(capsys: pytest.CaptureFixture[str], form: str) -> None:
+    configure_logging(level="info", form=form)
+    logging.getLogger("library").warning("%d", "text")
+    logging.getLogger("library").warning("words", extra={"value": Spiteful()})
+    first, second = capsys.readouterr().err.splitlines()
+    assert "a record of library, " in first
+    assert "TypeError" in first
+    assert "ValueError: no" in second
+
+
+# Names and keys
+
+
 def all_events(base: type[Event] = Event) -> list[type[Event]]:
     """Return every event that can be published; dataclasses with slots leave a second class behind."""
     found = {}
@@ -243,5 +592,65 @@ def test_no_field_of_an_event_collides_with_a_key_of_the_log(event: type[Event])
     assert not fields & {"event", "level", "timestamp", "exception", "exc_info", "domain" if "pair" in fields else ""}
 
 
+KEYS = """
+audit.finding: grade subject text command
+config.domain_changed: domain domain_uuid coverage unprotected gained lost changed releases fuse leaves
+config.loaded: files policies selectors warnings needs_restart policies_added policies_removed policies_changed
+    domains_changed
+config.rejected: path problems
+daemon.started: uri metrics
+daemon.stopped: unfinished
+domain.examined: domain domain_uuid policy chain_depth free_bytes chain_limit
+domain.thaw_failed: domain domain_uuid error
+domain.thawed: domain domain_uuid
+guest.frozen: domain domain_uuid policy error
+hook.finished: domain domain_uuid policy hook ok detail output duration_seconds
+jobs.changed: added changed removed
+libvirt.connected: uri driver version
+libvirt.lost: uri error
+prune.blocked: domain domain_uuid policy blocked detail again
+run.finished: domain domain_uuid policy result started_at ended_at duration_seconds scheduled_at snapshot kind
+    consistency frozen excluded paused_seconds take_seconds downgraded reason detail quarantined deleted
+    deleted_snapshots delete_seconds delete_error blocked waiting hooks chain_depth free_bytes
+run.skipped: domain domain_uuid policy reason detail quarantined again
+run.started: domain domain_uuid policy started_at
+run.stuck: domain domain_uuid policy after_seconds
+snapshot.delete_failed: domain domain_uuid policy snapshot reason error
+snapshot.deleted: domain domain_uuid policy snapshot reasons duration_seconds
+snapshot.downgraded: domain domain_uuid policy snapshot error
+snapshot.failed: domain domain_uuid policy snapshot scheduled_at reason error
+snapshot.taken: domain domain_uuid policy snapshot scheduled_at kind consistency duration_seconds frozen excluded
+    paused_seconds
+snapshot.unchanged: domain domain_uuid policy snapshot scheduled_at
+"""
+
+
+def test_names_and_keys_of_events_change_only_on_purpose() -> None:
+    """People search, parse and alert by them: a change of this text belongs into CHANGELOG.md."""
+    assert keys_of_events() == KEYS.strip()
+
+
+def keys_of_events() -> str:
+    """Return all names with their keys; ``./dev exec python -m tests.unit.test_logs`` prints it."""
+    fields = {
+        kind.NAME: (
+            *(("domain", "domain_uuid", "policy") if issubclass(kind, RunEvent) else ()),
+            *(field.name for field in dataclasses.fields(kind) if field.name != "pair"),
+        )
+        for kind in all_events()
+    }
+    lines = (f"{name}: {' '.join(keys)}" for name, keys in sorted(fields.items()))
+    return "\n".join(textwrap.fill(line, 116, subsequent_indent="    ") for line in lines)
+
+
+def test_every_event_is_in_the_document_of_the_logs() -> None:
+    text = (ROOT / "config/LOGGING.md").read_text()
+    assert [name for name in (kind.NAME for kind in all_events()) if f"| `{name}` |" not in text] == []
+
+
 def test_fields_begin_with_domain_uuid_and_policy() -> None:
     assert list(event_fields(finished("taken")))[:3] == ["domain", "domain_uuid", "policy"]
+
+
+if __name__ == "__main__":
+    print(keys_of_events())

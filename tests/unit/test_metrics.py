@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+from dataclasses import replace
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +23,8 @@ from kvmsnapd.events import (
     PruneBlocked,
     RunFinished,
     RunSkipped,
+    RunStarted,
+    RunStuck,
     SnapshotDeleted,
     SnapshotFailed,
     SnapshotTaken,
@@ -28,8 +32,10 @@ from kvmsnapd.events import (
 )
 from kvmsnapd.fleet import Fleet, survey
 from kvmsnapd.metrics import Metrics
-from kvmsnapd.model import PairName
-from kvmsnapd.state_series import Observation
+from kvmsnapd.model import Consistency, PairName
+from kvmsnapd.policy import ConsistencyRule
+from kvmsnapd.series import Observation
+from kvmsnapd.tally import Tally
 from tests.builders import (
     NOW,
     OTHER_UUID,
@@ -62,8 +68,6 @@ class Bench:
     def __init__(self, *domains: Inventory, selectors: dict[str, tuple[Policy, ...]] | None = None) -> None:
         self.seen = Observation(fleet=a_fleet(*domains, selectors=selectors), libvirt_up=True, last_tick_at=NOW)
         self.metrics = Metrics(lambda: self.seen)
-        # As the daemon does: first which pairs there are, then what happens to them.
-        self.metrics.keep_only([("web1", "standard"), ("db01", "standard")])
 
     def feed(self, *events: Event) -> None:
         for event in events:
@@ -107,9 +111,17 @@ def failed(reason: str = "busy") -> SnapshotFailed:
     )
 
 
-def finished(result: str = "taken", *, blocked: int = 0) -> RunFinished:
+def finished(
+    result: str = "taken", *, reason: str = "busy", waiting: dict[str, int] | None = None, ended_at: datetime = NOW
+) -> RunFinished:
     return RunFinished(
-        pair=PAIR, result=result, scheduled_at=None, snapshot=None, deleted=0, blocked=blocked, duration_seconds=1
+        pair=PAIR,
+        result=result,
+        reason=reason if result in {"skipped", "failed"} else None,
+        started_at=ended_at,
+        ended_at=ended_at,
+        waiting=waiting or {},
+        duration_seconds=1,
     )
 
 
@@ -119,6 +131,7 @@ def refused(reason: str = "disk", *, quarantined: bool = True, again: bool = Fal
 
 def every_event() -> list[Event]:
     return [
+        RunStarted(pair=PAIR, started_at=NOW),
         taken(),
         deleted(),
         failed(),
@@ -128,7 +141,8 @@ def every_event() -> list[Event]:
         SnapshotUnchanged(pair=PAIR, snapshot=NAME, scheduled_at=at("2026-11-22T12:00")),
         refused(),
         GuestFrozen(pair=PAIR, error="a sentence"),
-        DomainExamined(pair=PAIR, chain_depth={"vda": 2, "vdb": 1}, free_bytes={"/images": 7}),
+        DomainExamined(pair=PAIR, chain_depth={"vda": 2, "vdb": 1}, free_bytes={"/images": 7}, chain_limit=16),
+        RunStuck(pair=PAIR, after_seconds=600),
         HookFinished(pair=PAIR, hook="before", ok=False, detail="exit code 1", output="", duration_seconds=1),
     ]
 
@@ -138,13 +152,15 @@ def every_event() -> list[Event]:
 
 def test_a_pair_has_its_series_and_its_limit_before_its_first_success() -> None:
     bench = Bench(an_inventory())
-    bench.metrics.keep_only([("web1", "standard")])
     assert bench.series(**LABELS) == {
         "expected_interval_seconds",
+        "failures_in_a_row",
         "max_age_seconds",
+        "newest_below_consistency",
         "next_run_timestamp_seconds",
         "snapshots",
         "snapshots_deleted_total",
+        "snapshots_taken_total",
         "snapshots_unchanged_total",
     }
     assert bench.value("max_age_seconds", **LABELS) == 7200
@@ -152,6 +168,8 @@ def test_a_pair_has_its_series_and_its_limit_before_its_first_success() -> None:
     assert bench.value("snapshots", **LABELS) == 0
     assert bench.value("snapshots_deleted_total", **LABELS) == 0
     assert bench.value("snapshots_unchanged_total", **LABELS) == 0
+    assert bench.value("snapshots_taken_total", **LABELS, consistency="filesystem") == 0
+    assert bench.value("failures_in_a_row", **LABELS, reason="") == 0
 
 
 def test_a_snapshot_that_was_seen_unchanged_is_a_success_of_that_time() -> None:
@@ -176,8 +194,45 @@ def test_the_next_run_is_in_the_past_while_one_is_overdue() -> None:
 def test_the_last_attempt_is_there_once_one_was_made() -> None:
     bench = Bench(an_inventory())
     assert bench.value("last_attempt_timestamp_seconds", **LABELS) is None
-    bench.seen = Observation(fleet=bench.seen.fleet, attempts={PAIR.key: NOW})
+    bench.feed(RunStarted(pair=PAIR, started_at=NOW))
     assert bench.value("last_attempt_timestamp_seconds", **LABELS) == NOW.timestamp()
+
+
+def test_after_a_restart_the_last_attempt_is_at_least_that_of_the_newest_snapshot() -> None:
+    bench = Bench(an_inventory(*hourly_snapshots(1)))
+    assert bench.value("last_attempt_timestamp_seconds", **LABELS) == at("2026-11-22T11:00:03").timestamp()
+    bench.feed(RunStarted(pair=PAIR, started_at=at("2026-11-22T10:00")))
+    assert bench.value("last_attempt_timestamp_seconds", **LABELS) == at("2026-11-22T11:00:03").timestamp()
+
+
+def test_every_domain_has_its_uuid_protected_or_not() -> None:
+    bench = Bench(an_inventory(), an_inventory(name="lost", uuid=OTHER_UUID))
+    assert bench.value("domain_info", domain="web1", uuid=UUID) == 1
+    assert bench.value("domain_info", domain="lost", uuid=OTHER_UUID) == 1
+
+
+@pytest.mark.parametrize(
+    ("rule", "better", "worse"),
+    [
+        (ConsistencyRule.FILESYSTEM, ["filesystem", "offline", "memory"], ["crash"]),
+        (ConsistencyRule.FILESYSTEM_PREFERRED, ["filesystem", "offline", "memory"], ["crash"]),
+        (ConsistencyRule.MEMORY, ["memory", "offline"], ["filesystem", "crash"]),
+        (ConsistencyRule.CRASH, ["crash", "filesystem", "offline", "memory"], []),
+    ],
+)
+def test_a_newest_snapshot_worse_than_the_policy_asks_is_seen(
+    rule: ConsistencyRule, better: list[str], worse: list[str]
+) -> None:
+    for word in better + worse:
+        snapshot = a_snapshot(consistency=Consistency(word))
+        bench = Bench(an_inventory(snapshot), selectors={"web1": (a_policy(consistency=rule),)})
+        assert bench.value("newest_below_consistency", **LABELS, required=rule) == (word in worse)
+        assert bench.value("newest_consistency", **LABELS, consistency=word) == 1
+
+
+def test_before_the_first_snapshot_none_is_worse_than_asked() -> None:
+    bench = Bench(an_inventory())
+    assert bench.value("newest_below_consistency", **LABELS, required="filesystem-preferred") == 0
 
 
 def test_a_daemon_that_has_seen_nothing_yet_says_so() -> None:
@@ -265,14 +320,14 @@ def test_what_waits_to_be_deleted_is_set_by_reason() -> None:
 def test_a_reason_that_is_gone_is_not_left_behind() -> None:
     bench = Bench(an_inventory())
     bench.feed(PruneBlocked(pair=PAIR, blocked={"fuse": 11, "branch": 1}, detail="why"))
-    bench.feed(PruneBlocked(pair=PAIR, blocked={"branch": 2}, detail="why"), finished(blocked=2))
+    bench.feed(PruneBlocked(pair=PAIR, blocked={"branch": 2}, detail="why"), finished(waiting={"branch": 2}))
     assert bench.value("prune_blocked", **LABELS, reason="fuse") is None
     assert bench.value("prune_blocked", **LABELS, reason="branch") == 2
 
 
 def test_nothing_waits_any_more_after_a_run_that_blocked_nothing() -> None:
     bench = Bench(an_inventory())
-    bench.feed(PruneBlocked(pair=PAIR, blocked={"fuse": 11}, detail="why"), finished(blocked=0))
+    bench.feed(PruneBlocked(pair=PAIR, blocked={"fuse": 11}, detail="why"), finished())
     assert "prune_blocked" not in bench.series(**LABELS)
 
 
@@ -285,7 +340,8 @@ def test_a_run_that_did_not_prune_says_nothing_about_what_waits(result: str) -> 
 
 def test_what_waits_elsewhere_is_left_alone() -> None:
     other = PairName("db01", OTHER_UUID, "standard")
-    bench = Bench(an_inventory())
+    domains = an_inventory(), an_inventory(name="db01", uuid=OTHER_UUID)
+    bench = Bench(*domains, selectors={"web1": (a_policy(),), "db01": (a_policy(),)})
     bench.feed(PruneBlocked(pair=other, blocked={"fuse": 11}, detail="why"), finished())
     assert bench.value("prune_blocked", domain="db01", policy="standard", reason="fuse") == 11
 
@@ -374,6 +430,55 @@ def test_the_space_of_a_folder_that_no_domain_uses_any_more_goes() -> None:
     bench.feed(DomainExamined(pair=PAIR, chain_depth={}, free_bytes={"/a": 10}))
     bench.metrics.keep_only([])
     assert bench.value("storage_free_bytes", storage="/a") is None
+    assert bench.metrics.tally.storages == {}
+
+
+def test_a_folder_has_the_strictest_limit_of_the_policies_that_use_it() -> None:
+    policies = a_policy(min_free_bytes=10), a_policy("other", min_free_bytes=20)
+    bench = Bench(an_inventory(), selectors={"web1": policies})
+    for policy in policies:
+        pair = replace(PAIR, policy=policy.name)
+        bench.feed(DomainExamined(pair=pair, chain_depth={}, free_bytes={"/a": 100}))
+    assert bench.value("min_free_bytes", storage="/a") == 20
+    bench.metrics.keep_only([PAIR.key])
+    assert bench.value("min_free_bytes", storage="/a") == 10
+
+
+def test_free_space_is_fresh_between_runs_for_the_folders_that_runs_have_named() -> None:
+    bench = Bench(an_inventory())
+    bench.feed(DomainExamined(pair=PAIR, chain_depth={}, free_bytes={"/a": 100}))
+    bench.metrics.sample({"/a": 50, "/b": 1})
+    assert bench.value("storage_free_bytes", storage="/a") == 50
+    assert bench.value("storage_free_bytes", storage="/b") is None
+
+
+# Failures in a row
+
+
+def test_runs_that_fail_or_are_refused_are_counted_until_one_does_well() -> None:
+    bench = Bench(an_inventory())
+    later = NOW + timedelta(minutes=1)
+    bench.feed(finished("failed", reason="busy"), finished("skipped", reason="agent", ended_at=later))
+    assert bench.value("failures_in_a_row", **LABELS, reason="agent") == 2
+    assert bench.value("failing_since_timestamp_seconds", **LABELS) == NOW.timestamp()
+    assert bench.value("failures_in_a_row", **LABELS, reason="busy") is None
+    bench.feed(finished("taken"))
+    assert bench.value("failures_in_a_row", **LABELS, reason="") == 0
+    assert bench.value("failing_since_timestamp_seconds", **LABELS) is None
+
+
+def test_a_run_that_found_nothing_due_neither_ends_a_row_of_failures_nor_is_one() -> None:
+    bench = Bench(an_inventory())
+    bench.feed(finished("failed"), finished("nothing_due"))
+    assert bench.value("failures_in_a_row", **LABELS, reason="busy") == 1
+
+
+def test_a_snapshot_that_somebody_else_has_taken_since_ends_a_row_of_failures() -> None:
+    bench = Bench(an_inventory(a_snapshot("2026-11-22T12:00")))
+    bench.feed(finished("failed", ended_at=at("2026-11-22T11:00")))
+    assert bench.value("failures_in_a_row", **LABELS, reason="") == 0
+    bench.feed(finished("failed", ended_at=at("2026-11-22T12:15")))
+    assert bench.value("failures_in_a_row", **LABELS, reason="busy") == 2
 
 
 # The end of a pair
@@ -381,9 +486,8 @@ def test_the_space_of_a_folder_that_no_domain_uses_any_more_goes() -> None:
 
 def test_when_one_policy_of_a_domain_goes_what_is_known_of_the_domain_stays() -> None:
     bench = Bench(an_inventory())
-    bench.metrics.keep_only([("web1", "standard"), ("web1", "other")])
     bench.feed(*every_event())
-    bench.metrics.keep_only([("web1", "other")])
+    bench.metrics.keep_only([f"{UUID}/other"])
     assert bench.value("backing_chain_depth", domain="web1", target="vda") == 2
     assert bench.value("guest_frozen", domain="web1") == 1
     assert "quarantined" not in bench.series(**LABELS)
@@ -391,30 +495,36 @@ def test_when_one_policy_of_a_domain_goes_what_is_known_of_the_domain_stays() ->
 
 def test_when_a_pair_goes_all_its_series_go() -> None:
     bench = Bench(an_inventory(*hourly_snapshots(2)))
-    bench.metrics.keep_only([("web1", "standard")])
     bench.feed(*every_event())
-    bench.metrics.keep_only([])
     bench.seen = Observation(fleet=Fleet(NOW))
     assert bench.series(domain="web1") == set()
+    bench.metrics.keep_only([])
+    assert bench.metrics.tally == Tally()
 
 
 def test_when_a_pair_goes_the_others_stay() -> None:
     bench = Bench(an_inventory())
-    bench.metrics.keep_only([("web1", "standard"), ("web1", "other"), ("db01", "standard")])
     bench.feed(*every_event())
-    bench.metrics.keep_only([("web1", "standard")])
+    bench.metrics.keep_only([PAIR.key])
     assert bench.value("snapshots_taken_total", **LABELS, consistency="filesystem") == 1
-    assert bench.value("snapshots_deleted_total", domain="db01", policy="standard") is None
 
 
-def test_a_run_that_ends_after_its_pair_is_gone_leaves_no_series_for_good() -> None:
+def test_a_run_that_ends_after_its_pair_is_gone_leaves_no_series() -> None:
     bench = Bench(an_inventory())
-    bench.metrics.keep_only([("web1", "standard")])
-    bench.metrics.keep_only([])
-    bench.feed(*every_event())
     bench.metrics.keep_only([])
     bench.seen = Observation(fleet=Fleet(NOW))
+    bench.feed(*every_event())
     assert bench.series(domain="web1") == set()
+
+
+def test_a_renamed_domain_keeps_what_is_known_of_it_under_its_new_name() -> None:
+    bench = Bench(an_inventory())
+    bench.feed(*every_event())
+    bench.seen = Observation(fleet=a_fleet(an_inventory(name="web2"), selectors={"web2": (a_policy(),)}))
+    assert bench.series(domain="web1") == set()
+    labels = {"domain": "web2", "policy": "standard"}
+    assert bench.value("snapshots_taken_total", **labels, consistency="filesystem") == 1
+    assert bench.value("guest_frozen", domain="web2") == 1
 
 
 # The form
@@ -429,9 +539,8 @@ def full() -> Bench:
     ]
     bench = Bench(*domains, selectors={"web1": (a_policy(),), "gone": ()})
     bench.seen = Observation(
-        fleet=bench.seen.fleet, libvirt_up=True, last_tick_at=NOW, config_loaded_at=NOW, attempts={PAIR.key: NOW}
+        fleet=bench.seen.fleet, libvirt_up=True, last_tick_at=NOW, config_loaded_at=NOW, tick=timedelta(seconds=30)
     )
-    bench.metrics.keep_only([("web1", "standard")])
     bench.feed(*every_event())
     return bench
 
@@ -452,7 +561,7 @@ def test_names_are_as_prometheus_wants_them(full: Bench) -> None:
 
 
 def test_labels_are_of_bounded_sets_and_never_name_a_snapshot(full: Bench) -> None:
-    allowed = {"domain", "policy", "reason", "consistency", "target", "storage", "uuid", "version", "le"}
+    allowed = {"domain", "policy", "reason", "consistency", "required", "target", "storage", "uuid", "version", "le"}
     labels = {label for family in full.metrics.registry.collect() for s in family.samples for label in s.labels}
     assert labels <= allowed
     assert NAME not in full.text
@@ -490,7 +599,8 @@ def test_promtool_finds_nothing_to_complain_of(full: Bench) -> None:
 def test_what_keeps_a_domain_from_being_pruned_for_good_is_a_quarantine_too(reason: str) -> None:
     bench = Bench(an_inventory())
     bench.feed(
-        PruneBlocked(pair=PAIR, blocked={reason: 2, "needs_running": 1}, detail="a sentence"), finished(blocked=3)
+        PruneBlocked(pair=PAIR, blocked={reason: 2, "needs_running": 1}, detail="a sentence"),
+        finished(waiting={reason: 2, "needs_running": 1}),
     )
     assert bench.value("quarantined", **LABELS, reason=reason) == 1
     bench.feed(taken(), finished())

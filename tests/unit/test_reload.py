@@ -14,26 +14,25 @@ from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
-from xml.sax.saxutils import escape
 
 import pytest
 
 from kvmsnapd import daemon as daemon_module
+from kvmsnapd import outlets as outlets_module
 from kvmsnapd.daemon import Daemon
 from kvmsnapd.demo import write_test_host
-from kvmsnapd.events import HookFinished, PruneBlocked, SnapshotTaken
+from kvmsnapd.events import HookFinished, SnapshotTaken
 from kvmsnapd.execute import Executor, Outcome, Result
 from kvmsnapd.fleet import survey
-from kvmsnapd.metrics import Metrics
-from kvmsnapd.model import Consistency, Kind, Mark, PairName
-from kvmsnapd.naming import format_description, format_name
+from kvmsnapd.model import Kind
+from kvmsnapd.naming import format_name
 from kvmsnapd.policy import Hook, Hooks
 from kvmsnapd.scheduler import JobScheduler, Wanted
 from kvmsnapd.state_files import DomainLocks, FreezeIntents
-from kvmsnapd.state_series import Observation
 from tests.builders import NOW, OTHER_UUID, UUID, a_domain, a_policy, at, hourly_snapshots
 from tests.fakes import FakeHypervisor
 from tests.lab.daemon import DaemonProcess
+from tests.lab.history import write_host_with_history
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -46,37 +45,6 @@ if TYPE_CHECKING:
     Start = Callable[..., DaemonProcess]
 
 SECOND, HOUR, DAY = timedelta(seconds=1), timedelta(hours=1), timedelta(days=1)
-
-_DOMAIN = """<domain type='test' {namespace}><name>{name}</name><uuid>{uuid}</uuid><memory unit='MiB'>512</memory>
-<os><type>hvm</type></os>{more}<devices><disk type='file' device='disk'><driver name='qemu' type='qcow2'/>
-<source file='/images/{name}.qcow2'/><target dev='vda' bus='virtio'/></disk></devices>{snapshots}</domain>"""
-_SNAPSHOT = """<test:domainsnapshot><name>{name}</name><description>{description}</description><state>running</state>
-{parent}<creationTime>{time}</creationTime><memory snapshot='internal'/>
-<disks><disk name='vda' snapshot='internal'/></disks>{domain}<active>{active}</active></test:domainsnapshot>"""
-
-
-def write_host_with_history(directory: Path, policy: str, slots: list[datetime]) -> str:
-    """Write a test host whose one domain db01 has these snapshots of a policy, oldest first; return its URI."""
-    snapshots, parent = "", ""
-    plain = _DOMAIN.format(namespace="", name="db01", uuid=UUID, more="", snapshots="")
-    for slot in slots:
-        mark = Mark(policy, slot, slot, Consistency.MEMORY, Kind.INTERNAL)
-        name = format_name(policy, slot)
-        snapshots += _SNAPSHOT.format(
-            name=name,
-            description=escape(format_description(mark)),
-            parent=parent,
-            time=int(slot.timestamp()),
-            domain=plain,
-            active=int(slot == slots[-1]),
-        )
-        parent = f"<parent><name>{name}</name></parent>"
-    namespace = "xmlns:test='http://libvirt.org/schemas/domain/test/1.0'"
-    state = "<test:runstate>1</test:runstate>"
-    domain = _DOMAIN.format(namespace=namespace, name="db01", uuid=UUID, more=state, snapshots=snapshots)
-    path = directory / "host.xml"
-    path.write_text(f"<node>{domain}<cpu><mhz>1000</mhz><model>demo</model></cpu><memory>8000000</memory></node>")
-    return f"test://{path}"
 
 
 @pytest.fixture
@@ -412,7 +380,7 @@ class StillDaemon:
         self._seen: list[Any] = []
         monkeypatch.setattr(daemon_module.signal, "pthread_sigmask", lambda *_: set())
         monkeypatch.setattr(daemon_module, "configure_logging", lambda **_: None)
-        monkeypatch.setattr(daemon_module, "log_event", self.events.append)
+        monkeypatch.setattr(outlets_module, "log_event", self.events.append)
         monkeypatch.setattr(daemon_module, "read_clock", lambda: self.now)
         self._path = directory / "kvmsnapd.yaml"
         self._own = (
@@ -706,34 +674,3 @@ def test_a_reload_that_comes_while_the_daemon_starts_does_not_end_it(tmp_path: P
         daemon.wait_for(lambda: daemon.events("daemon.started"))
     finally:
         daemon.kill()
-
-
-# Series
-
-
-class _Slow(dict[str, int]):
-    """Counts whose reading takes long enough for a reload in between."""
-
-    def __init__(self, counts: dict[str, int], meanwhile: Callable[[], None]) -> None:
-        super().__init__(counts)
-        self._meanwhile = meanwhile
-
-    def items(self) -> Any:  # noqa: ANN401
-        self._meanwhile()
-        return super().items()
-
-
-def test_a_series_does_not_outlive_its_pair_because_an_event_came_at_the_same_time() -> None:
-    metrics = Metrics(Observation)
-    metrics.keep_only([("web1", "standard")])
-    reload = threading.Thread(target=metrics.keep_only, args=([],))
-
-    def meanwhile() -> None:
-        reload.start()
-        reload.join(0.3)
-
-    blocked = _Slow({"fuse": 23}, meanwhile)
-    metrics.consume(PruneBlocked(pair=PairName("web1", UUID, "standard"), blocked=blocked, detail="d"))
-    reload.join()
-    left = [s for family in metrics.registry.collect() for s in family.samples if s.labels.get("policy") == "standard"]
-    assert left == []
