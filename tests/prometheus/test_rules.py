@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.prometheus.cases import CASES, HOME, cases, for_promtool
 from tests.prometheus.series import exported_series
 
 HERE = Path(__file__).parent
 CONFIG = HERE.parents[1] / "config/prometheus"
-CASES = sorted((HERE / "rules").glob("*.yaml"))
 RULES: list[dict[str, Any]] = [
     rule
     for group in yaml.safe_load((CONFIG / "rules.yaml").read_text(encoding="utf-8"))["groups"]
@@ -29,7 +29,6 @@ RULES: list[dict[str, Any]] = [
 ALERTS = [rule for rule in RULES if "alert" in rule]
 NAMES = sorted({rule["alert"] for rule in ALERTS})
 README = (CONFIG / "README.md").read_text(encoding="utf-8")
-HOME = "https://github.com/kvmsnapd/kvmsnapd/blob/main/config/prometheus/README.md"
 RUNBOOK = re.compile(r"^### (Kvmsnapd\w+)\n(.*?)(?=^##|\Z)", re.MULTILINE | re.DOTALL)
 OURS = re.compile(r"(?<![\w:])kvmsnapd_\w+(?!:)")
 
@@ -53,7 +52,7 @@ def answer(*command: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def unit_tests() -> list[dict[str, Any]]:
-    return [case for path in CASES for case in yaml.safe_load(path.read_text(encoding="utf-8"))["tests"]]
+    return [case for path in CASES for case in cases(path)]
 
 
 def expectations(name: str) -> list[list[dict[str, Any]]]:
@@ -98,8 +97,10 @@ def test_promtool_takes_what_is_commented_out_in_the_example_as_well(promtool: s
 @pytest.mark.prometheus
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
-def test_every_alert_fires_when_it_should_and_only_then(promtool: str, path: Path) -> None:
-    said = answer(promtool, "test", "rules", path)
+def test_every_alert_fires_when_it_should_and_only_then(promtool: str, path: Path, tmp_path: Path) -> None:
+    expanded = tmp_path / path.name
+    expanded.write_text(for_promtool(path), encoding="utf-8")
+    said = answer(promtool, "test", "rules", expanded)
     assert said.returncode == 0, said.stdout + said.stderr
 
 
