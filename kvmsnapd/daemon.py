@@ -62,6 +62,8 @@ _RECONNECT_SECONDS = 2.0
 _FIRST_TICK_SECONDS = 5.0
 """How long the first scrape waits for libvirt at most, so that it finds every domain."""
 
+_PAUSE_SECONDS = 0.05
+
 _CLOSE_SECONDS = 5.0
 
 _STUCK_RUNS = 6
@@ -145,10 +147,10 @@ class Daemon:
         self._scheduler.start()
         ticking = threading.Thread(target=self._tick_forever, name="tick", daemon=True)
         ticking.start()
-        pause = self._live.current.settings.tick.total_seconds()
-        sampling = partial(self.outlets.sample_storage, self._host, self._stopping, pause)
-        threading.Thread(target=sampling, name="storage", daemon=True).start()
-        self._ticked.wait(_FIRST_TICK_SECONDS)
+        threading.Thread(target=self._look_again_forever, name="look-again", daemon=True).start()
+        deadline = time.monotonic() + _FIRST_TICK_SECONDS
+        while not self._ticked.wait(_PAUSE_SECONDS) and time.monotonic() < deadline and not signal.sigpending():
+            pass
         self.outlets.serve()
         while True:
             settings = self._live.current.settings
@@ -199,6 +201,14 @@ class Daemon:
             if not self._stopping.is_set():
                 time.sleep(_SHORTEST_TICK_SECONDS)
             self._tick_wanted.clear()
+
+    def _look_again_forever(self) -> None:
+        while not self._stopping.wait(self._live.current.settings.tick.total_seconds()):
+            try:
+                if self._fleet:
+                    self.outlets.look_again(self._host, self._fleet)
+            except Exception:  # the next look may do better
+                logging.getLogger(__name__).exception("looking again ended in an unforeseen error")
 
     def _tick(self) -> None:
         """Look at libvirt once and put jobs, retries and metrics in step with what is there."""
@@ -290,7 +300,9 @@ class Daemon:
             return
         configure_logging(level=config.settings.log.level, form=config.settings.log.format)
         # What was in the way of a run may be what the edit was for.
-        self._retries.forget(PairName(c.domain, c.domain_uuid, policy).key for c in changes for policy in c.changed)
+        changed = [PairName(c.domain, c.domain_uuid, policy).key for c in changes for policy in c.changed]
+        self._retries.forget(changed)
+        self.outlets.forget_failures(changed)
         self._publish_config(config, before, len(changes))
         for change in changes:
             self._publish(change)
@@ -322,7 +334,7 @@ class Daemon:
         """Let runs, metrics and people see this fleet. To be called with the lock held."""
         self._fleet = fleet
         self._pairs = {pair.name.key: pair for pair in fleet.pairs}
-        self.outlets.keep_only(self._pairs.keys())
+        self.outlets.take_over(fleet)
 
     def _publish_config(self, config: Config, before: Config | None = None, domains_changed: int = 0) -> None:
         policies = compare_policies(before.policies if before else config.policies, config.policies)

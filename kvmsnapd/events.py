@@ -57,7 +57,7 @@ class RunStarted(RunEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SnapshotTaken(RunEvent):
-    """A snapshot exists that did not before; ``duration_seconds`` is libvirt's call alone.
+    """A snapshot exists that did not before; ``duration_seconds`` is libvirt's call alone, unless its answer was lost.
 
     ``frozen`` are the mount points that the guest agent froze, for no longer than the call took: libvirt does not tell
     how much of it. ``paused_seconds`` is how long a guest stood still whose RAM was saved. ``excluded`` are the disks
@@ -69,7 +69,7 @@ class SnapshotTaken(RunEvent):
     scheduled_at: datetime
     kind: str
     consistency: str
-    duration_seconds: float
+    duration_seconds: float | None
     frozen: tuple[str, ...] = ()
     excluded: tuple[str, ...] = ()
     paused_seconds: float | None = None
@@ -104,10 +104,20 @@ class GuestFrozen(RunEvent):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GuestUnfrozen(Event):
+    """A guest that a run had found frozen answers as one that is not, or is gone: whoever froze it has thawed it."""
+
+    NAME: ClassVar[str] = "guest.unfrozen"
+    domain: str
+    domain_uuid: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DomainExamined(RunEvent):
     """What was found below the domain: overlays by disk, free bytes by folder, where libvirt can say.
 
-    ``chain_limit`` is the depth at which no further overlay fits; None for a domain whose policies need none.
+    ``folders`` are all that its policy needs space in. ``chain_limit`` is the depth at which no further overlay fits;
+    None for a domain whose policies need none.
     """
 
     NAME: ClassVar[str] = "domain.examined"
@@ -115,6 +125,7 @@ class DomainExamined(RunEvent):
     chain_depth: Mapping[str, int]
     free_bytes: Mapping[str, int]
     chain_limit: int | None = None
+    folders: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,12 +200,14 @@ class PruneBlocked(RunEvent):
 class RunSkipped(RunEvent):
     """Nothing was tried: the domain was refused or locked, or its slot was given up.
 
-    ``quarantined``: for a reason that only a person can change; ``again``: and the run before had the same.
+    ``refused``: the domain was looked at, and must not be touched; ``quarantined``: for a reason that only a person can
+    change; ``again``: and the run before had the same.
     """
 
     NAME: ClassVar[str] = "run.skipped"
     reason: str
     detail: str
+    refused: bool = False
     quarantined: bool = False
     again: bool = False
 

@@ -19,6 +19,7 @@ from kvmsnapd.events import (
     RunSkipped,
     RunStarted,
     RunStuck,
+    SnapshotTaken,
     SnapshotUnchanged,
 )
 from kvmsnapd.fleet import examine
@@ -26,6 +27,7 @@ from kvmsnapd.gates import HostGate, StorageGates
 from kvmsnapd.hooks import run_hook
 from kvmsnapd.model import Consistency
 from kvmsnapd.plan import due_for, plan_run
+from kvmsnapd.prune import Blocked
 from kvmsnapd.pruner import Pruner
 from kvmsnapd.summary import sum_up
 from kvmsnapd.take import Taker
@@ -137,12 +139,12 @@ class Executor:
         except StorageBusyError as error:
             outcome = self._skip(pair, "storage_busy", str(error))
         except HypervisorError as error:
-            outcome = self._skip(pair, error.reason, f"the run was cut short: {error}")
+            outcome = self._cut_short(pair, error.reason, f"the run was cut short: {error}")
         except OSError as error:
-            outcome = self._skip(pair, "state_directory", f"our own notes cannot be kept: {error}")
+            outcome = self._cut_short(pair, "state_directory", f"our own notes cannot be kept: {error}")
         except Exception as error:
             logging.getLogger(__name__).exception("run of %s", pair.name.key)
-            outcome = self._skip(pair, "unforeseen", f"{type(error).__name__}: {error}")
+            outcome = self._cut_short(pair, "unforeseen", f"{type(error).__name__}: {error}")
         ended = RunFinished(
             pair=pair.name,
             result=outcome.result,
@@ -164,9 +166,9 @@ class Executor:
         if self.intents.exists(uuid):
             self.thawer.thaw(uuid)
         domain, plan = self._plan(pair)
-        made_room = 0
+        made_room, no_room = 0, list[Blocked]()
         if plan.room and not self.intents.exists(uuid):
-            made_room, _ = self._pruner.delete(pair, plan.room)
+            made_room, no_room = self._pruner.delete(pair, plan.room)
             domain, plan = self._plan(pair)
         if plan.take:
             outcome, plan = self._take(pair, domain, plan, plan.take)
@@ -180,7 +182,8 @@ class Executor:
             if blocked > len(plan.blocked) and now and now.policy == pair.policy:
                 self._note_debt(pair, outcome.snapshot, blocked - len(plan.blocked))
         elif plan.refusal:
-            self._pruner.report(pair, plan.blocked)
+            known = {wait.snapshot for wait in plan.blocked}
+            self._pruner.report(pair, [*plan.blocked, *(wait for wait in no_room if wait.snapshot not in known)])
         if outcome.result is Result.TAKEN or made_room or deleted:
             self._look_again(pair)
         return replace(outcome, deleted=made_room + deleted, blocked=blocked)
@@ -194,11 +197,11 @@ class Executor:
 
     def _note_debt(self, pair: Pair, name: str | None, more: int) -> None:
         """Write into the newest snapshot's description that more has to wait than was planned."""
-        snapshots = self.hypervisor.domain(pair.name.domain_uuid).snapshots
-        newest = next((s for s in snapshots if s.name == name), None)
-        if newest and newest.mark:
-            mark = replace(newest.mark, owed=newest.mark.owed + more)
-            with suppress(HypervisorError):  # the disk may be full; then the fuse may be too careful one day
+        with suppress(HypervisorError):  # the disk may be full; then the fuse may be too careful one day
+            snapshots = self.hypervisor.domain(pair.name.domain_uuid).snapshots
+            newest = next((s for s in snapshots if s.name == name), None)
+            if newest and newest.mark:
+                mark = replace(newest.mark, owed=newest.mark.owed + more)
                 self.hypervisor.describe_snapshot(pair.name.domain_uuid, newest.name, mark)
 
     def _take(self, pair: Pair, domain: Domain, plan: Plan, request: TakeRequest) -> tuple[Outcome, Plan]:
@@ -278,10 +281,24 @@ class Executor:
             self._quarantine.pop(key, None)
         self._say(
             RunSkipped(
-                pair=pair.name, reason=refusal.reason, detail=refusal.detail, quarantined=quarantined, again=again
+                pair=pair.name,
+                reason=refusal.reason,
+                detail=refusal.detail,
+                refused=True,
+                quarantined=quarantined,
+                again=again,
             )
         )
         return Outcome(Result.SKIPPED, slot, quarantined=quarantined)
+
+    def _cut_short(self, pair: Pair, reason: str, detail: str) -> Outcome:
+        """Return how a run ended that an error broke off: it did well if it had its snapshot by then."""
+        for event in self._said[pair.name.key]:
+            if isinstance(event, SnapshotTaken | SnapshotUnchanged):
+                logging.getLogger(__name__).warning("after %s: %s", event.snapshot, detail)
+                result = Result.TAKEN if isinstance(event, SnapshotTaken) else Result.UNCHANGED
+                return Outcome(result, event.scheduled_at, event.snapshot)
+        return self._skip(pair, reason, detail)
 
     def _skip(self, pair: Pair, reason: str, detail: str) -> Outcome:
         self._say(RunSkipped(pair=pair.name, reason=reason, detail=detail))

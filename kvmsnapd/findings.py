@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import logging
+import re
+import threading
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +27,8 @@ class FindingsNote:
         """Keep the note in ``directory``."""
         self._path = directory / _NAME
         self._written: dict[str, Any] = {}
+        self._trouble = ""
+        self._lock = threading.Lock()
 
     def read(self) -> Tally:
         """Return what was noted; nothing, if there is no note that can be understood."""
@@ -42,15 +46,19 @@ class FindingsNote:
     def write(self, tally: Tally) -> None:
         """Note what has changed; a disk that is full is no reason to stop."""
         note = _note_of(tally)
-        if note == self._written:
-            return
         draft = self._path.with_suffix(".new")
-        try:
-            draft.write_text(json.dumps(note))
-            draft.replace(self._path)
-        except OSError as error:
-            logging.getLogger(__name__).warning("what was found is not kept over a restart: %s", error)
-        self._written = note  # tried again when there is something new to say
+        with self._lock:
+            if note == self._written:
+                return
+            try:
+                draft.write_text(json.dumps(note))
+                draft.replace(self._path)
+            except OSError as error:
+                if self._trouble != str(error):
+                    logging.getLogger(__name__).warning("what was found is not kept over a restart: %s", error)
+                self._trouble = str(error)
+            else:
+                self._written, self._trouble = note, ""
 
 
 def _note_of(tally: Tally) -> dict[str, Any]:
@@ -66,8 +74,8 @@ def _pair_note(pair: PairTally) -> dict[str, Any]:
         note["failures"] = [found.count, found.reason, found.first_at.isoformat(), found.last_at.isoformat()]
     if pair.blocked:
         note["blocked"] = dict(pair.blocked)
-    if pair.quarantined:
-        note["quarantined"] = sorted(pair.quarantined)
+    if pair.quarantine:
+        note["quarantine"] = pair.quarantine
     return note
 
 
@@ -88,6 +96,14 @@ def _pair_of(found: dict[str, Any]) -> PairTally:
         if first_at.tzinfo is None or last_at.tzinfo is None:
             msg = f"a time without a zone: {written}"
             raise ValueError(msg)
-        failures = Failures(int(count), str(reason), first_at, last_at)
-    blocked = {str(word): int(waiting) for word, waiting in found.get("blocked", {}).items()}
-    return PairTally(failures=failures, blocked=blocked, quarantined=frozenset(map(str, found.get("quarantined", ()))))
+        failures = Failures(int(count), _word(reason), first_at, last_at)
+    blocked = {_word(word): int(waiting) for word, waiting in found.get("blocked", {}).items()}
+    quarantine = _word(found["quarantine"]) if "quarantine" in found else None
+    return PairTally(failures=failures, blocked=blocked, quarantine=quarantine)
+
+
+def _word(text: Any) -> str:  # noqa: ANN401  # whatever the file has
+    if not isinstance(text, str) or not re.fullmatch("[a-z_]+", text):
+        msg = f"no word: {text!r}"
+        raise ValueError(msg)
+    return text

@@ -12,6 +12,7 @@ from datetime import timedelta
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from kvmsnapd.disks import data_folders
 from kvmsnapd.events import DomainExamined
 from kvmsnapd.matching import Coverage, assign, missing_domains
 from kvmsnapd.model import Consistency, PairName
@@ -126,6 +127,7 @@ def examine(pair: Pair, domain: Domain, storage: Storage, capabilities: Capabili
         chain_depth=chain_depths(domain),
         free_bytes=dict(storage.free_bytes),
         chain_limit=tightest_chain(pair.policies, ceiling=capabilities.chain_ceiling),
+        folders=tuple(data_folders(domain, pair.policy)),
     )
 
 

@@ -51,6 +51,8 @@ class HostGate:
             timer.cancel()
             if given_up.acquire(blocking=False):
                 self._places.release()
+            else:
+                timer.join()  # so that what is said of the end comes after what is said of being stuck
 
 
 class StorageGates:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 import threading
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from kvmsnapd.events import Event
+    from kvmsnapd.fleet import Fleet, Pair
     from kvmsnapd.series import Observation
 
 _READABLE_BY_ALL = 0o644
@@ -28,8 +31,13 @@ class Metrics:
         """Begin with what is known already."""
         self.tally = tally or Tally()
         self.registry = CollectorRegistry()
-        self.registry.register(Collector(lambda: replace(observe(), tally=self.tally)))
+        self._observe = observe
+        self.registry.register(Collector(self._look))
         self._writing = threading.Lock()  # for those that change the tally; a scrape does not wait for it
+
+    def _look(self) -> Observation:
+        tally = self.tally  # before the rest: of a pair that goes meanwhile nothing is told any more
+        return replace(self._observe(), tally=tally)
 
     def consume(self, event: Event) -> None:
         """Take one event in."""
@@ -41,14 +49,33 @@ class Metrics:
         with self._writing:
             self.tally = self.tally.with_free(free_bytes)
 
-    def keep_only(self, keys: Collection[str]) -> None:
-        """Forget everything of other pairs than these."""
+    def take_over(self, fleet: Fleet) -> None:
+        """Forget everything of other pairs than this fleet's, and failures before its newest snapshots."""
         with self._writing:
-            self.tally = self.tally.only(keys)
+            tally = self.tally.only([pair.name.key for pair in fleet.pairs])
+            ended = [pair.name.key for pair in fleet.pairs if _has_recovered(pair, tally)]
+            self.tally = tally.without_failures(ended) if ended else tally
+
+    def forget_failures(self, keys: Collection[str]) -> None:
+        """Begin to count failures in a row anew for these pairs: what applies to them has changed."""
+        with self._writing:
+            self.tally = self.tally.without_failures(keys)
 
     def write_textfile(self, path: Path) -> None:
         """Write all series into a file for node_exporter, at once; raise OSError if that cannot be done."""
-        draft = path.with_suffix(".new")  # its collector reads *.prom only
-        draft.write_bytes(generate_latest(self.registry))
-        draft.chmod(_READABLE_BY_ALL)  # node_exporter runs as another user
-        draft.replace(path)
+        text = generate_latest(self.registry)
+        # Under a name that nobody can foresee: the folder may be another user's. Its collector reads *.prom only.
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as draft:
+            try:
+                draft.write(text)
+                os.fchmod(draft.fileno(), _READABLE_BY_ALL)  # node_exporter runs as another user
+                draft.close()
+                os.replace(draft.name, path)  # noqa: PTH105
+            except BaseException:
+                os.unlink(draft.name)  # noqa: PTH108
+                raise
+
+
+def _has_recovered(pair: Pair, tally: Tally) -> bool:
+    failures = tally.pair(pair.name.key).failures
+    return bool(failures and pair.last_success_at and pair.last_success_at >= failures.last_at)

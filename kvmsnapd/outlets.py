@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvmsnapd.endpoint.exposition import Exposition
 from kvmsnapd.endpoint.server import MetricsServer
 from kvmsnapd.errors import HypervisorError
+from kvmsnapd.events import GuestUnfrozen
 from kvmsnapd.findings import FindingsNote
 from kvmsnapd.logs import log_event
 from kvmsnapd.metrics import Metrics
+from kvmsnapd.model import DomainState
 
 if TYPE_CHECKING:
-    import threading
     from collections.abc import Callable, Collection
 
     from kvmsnapd.config import Config
     from kvmsnapd.events import Event, Publish
+    from kvmsnapd.fleet import Fleet
     from kvmsnapd.hypervisor import Hypervisor
     from kvmsnapd.series import Observation
 
@@ -73,20 +76,30 @@ class Outlets:
         if self._server:
             self._server.start()
 
-    def keep_only(self, keys: Collection[str]) -> None:
-        """Forget what is known of other pairs than these."""
-        self._metrics.keep_only(keys)
+    def take_over(self, fleet: Fleet) -> None:
+        """Let the metrics be those of this fleet."""
+        self._metrics.take_over(fleet)
 
-    def sample_storage(self, hypervisor: Hypervisor, stopping: threading.Event, pause_seconds: float) -> None:
-        """Keep the free space of all folders fresh until told to stop; a storage that hangs holds up nothing else."""
-        while not stopping.wait(pause_seconds):
-            for folder in list(self._metrics.tally.storages):
-                try:
-                    free = hypervisor.free_bytes(folder)
-                except HypervisorError:
-                    continue  # libvirt is away; that is told elsewhere
+    def forget_failures(self, keys: Collection[str]) -> None:
+        """Begin to count failures in a row anew for these pairs."""
+        self._metrics.forget_failures(keys)
+
+    def look_again(self, hypervisor: Hypervisor, fleet: Fleet) -> None:
+        """Look again at what runs have found and what may have changed since: free space, and guests that were frozen.
+
+        For a thread of its own: a storage or a guest agent that hangs must hold up nothing else.
+        """
+        for folder in self._metrics.tally.storages:
+            with suppress(HypervisorError):  # libvirt is away; that is told elsewhere
+                free = hypervisor.free_bytes(folder)
                 if free is not None:
                     self._metrics.sample({folder: free})
+        for domain in fleet.domains:
+            found = self._metrics.tally.domains.get(domain.uuid)
+            # One that is still frozen, or does not answer, raises.
+            with suppress(HypervisorError):
+                if found and found.frozen and _is_off_or_answers(hypervisor, domain.uuid):
+                    self.publish(GuestUnfrozen(domain=domain.name, domain_uuid=domain.uuid))
 
     def after_tick(self) -> None:
         """Write what has to be in files; one that cannot be written is logged once and stops nothing."""
@@ -97,12 +110,20 @@ class Outlets:
             self._metrics.write_textfile(self._textfile)
             self._trouble = None
         except OSError as error:
-            if self._trouble != str(error):
-                self._trouble = str(error)
-                logging.getLogger(__name__).error("metrics.textfile cannot be written: %s", error)  # noqa: TRY400
+            if self._trouble != error.strerror:
+                self._trouble = error.strerror
+                logging.getLogger(__name__).error(  # noqa: TRY400
+                    "metrics.textfile %s cannot be written: %s", self._textfile, error.strerror
+                )
 
     def close(self) -> None:
         """Give the endpoint up, and note what is known for the next start."""
         if self._server:
             self._server.close()
         self._note.write(self._metrics.tally)
+
+
+def _is_off_or_answers(hypervisor: Hypervisor, uuid: str) -> bool:
+    if hypervisor.domain(uuid).state is not DomainState.SHUT_OFF:
+        hypervisor.filesystems(uuid)
+    return True

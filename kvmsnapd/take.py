@@ -63,6 +63,7 @@ class Taker:
                 snapshots = self.hypervisor.domain(request.domain_uuid).snapshots
                 existing = next((s for s in snapshots if s.name == request.name), None)
                 if existing and existing.mark:  # ours: for a person's snapshot of this name it would be None
+                    self._publish_taken(pair, replace(request, mark=existing.mark), existing, None)
                     return existing.name
             if unknown or isinstance(error, SnapshotExistsError):
                 self._use_up(pair, request)
@@ -144,6 +145,12 @@ class Taker:
             self.intents.clear(request.domain_uuid)
         duration = self.stopwatch() - started
         self._check_taken(request, snapshot)
+        self._publish_taken(pair, request, snapshot, duration, frozen)
+        return snapshot.name
+
+    def _publish_taken(
+        self, pair: Pair, request: TakeRequest, snapshot: Snapshot, duration: float | None, frozen: tuple[str, ...] = ()
+    ) -> None:
         self.publish(
             SnapshotTaken(
                 pair=pair.name,
@@ -157,7 +164,6 @@ class Taker:
                 paused_seconds=snapshot.paused_seconds,
             )
         )
-        return snapshot.name
 
     def _check_taken(self, request: TakeRequest, snapshot: Snapshot) -> None:
         """Raise unless libvirt made what was asked for; a snapshot that would lie about itself is deleted again."""

@@ -12,6 +12,7 @@ from kvmsnapd.events import (
     DeleteFailed,
     DomainExamined,
     GuestFrozen,
+    GuestUnfrozen,
     PruneBlocked,
     RunEvent,
     RunFinished,
@@ -68,9 +69,14 @@ class PairTally:
     failures: Failures | None = None
     blocked: Mapping[str, int] = field(default_factory=dict)
     """How many released snapshots wait, by what they wait for."""
-    quarantined: frozenset[str] = frozenset()
-    """Why it is left alone, or not pruned, until a person has changed something."""
+    quarantine: str | None = None
+    """Why no snapshot is taken until a person has changed something."""
     stuck: bool = False
+
+    @property
+    def quarantined(self) -> frozenset[str]:
+        """Why it is left alone, or not pruned, until a person has changed something."""
+        return (_UNPRUNABLE & self.blocked.keys()) | ({self.quarantine} if self.quarantine else set())
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,15 +134,15 @@ class Tally:
         return self.pairs.get(key, _NEW_PAIR)
 
     def after(self, event: Event) -> Tally:
-        """Return the tally with this event in it; those that are of no run change nothing."""
+        """Return the tally with this event in it; those that are of no run, or guest, change nothing."""
+        if isinstance(event, GuestUnfrozen) and (known := self.domains.get(event.domain_uuid)):
+            return replace(self, domains={**self.domains, event.domain_uuid: replace(known, frozen=False)})
         if not isinstance(event, RunEvent):
             return self
         key, uuid, policy = event.pair.key, event.pair.domain_uuid, event.pair.policy
         pair, domain = self.pair(key), self.domains.get(uuid, _NEW_DOMAIN)
         durations = self.policies.get(policy, _NEW_POLICY)
-        storages = self.storages
-        if isinstance(event, DomainExamined):
-            storages = {**storages, **{path: self._storage(path, n, key) for path, n in event.free_bytes.items()}}
+        storages = self._storages_after(event) if isinstance(event, DomainExamined) else self.storages
         return Tally(
             _with(self.pairs, key, _pair_after(pair, event), pair),
             _with(self.domains, uuid, _domain_after(domain, event), domain),
@@ -144,9 +150,16 @@ class Tally:
             _with(self.policies, policy, _policy_after(durations, event), durations),
         )
 
-    def _storage(self, folder: str, free: int, key: str) -> StorageTally:
-        known = self.storages.get(folder)
-        return StorageTally(free, known.pairs | {key} if known else frozenset({key}))
+    def _storages_after(self, event: DomainExamined) -> Mapping[str, StorageTally]:
+        key, left = event.pair.key, {}
+        for folder, known in self.storages.items():
+            used = known if folder in event.folders else replace(known, pairs=known.pairs - {key})
+            if used.pairs:
+                left[folder] = used
+        for folder, free in event.free_bytes.items():
+            known_pairs = left[folder].pairs if folder in left else frozenset()
+            left[folder] = StorageTally(free, known_pairs | {key})
+        return left
 
     def with_free(self, free_bytes: Mapping[str, int]) -> Tally:
         """Return the tally with these folders' free bytes as they are now; unknown folders are left out."""
@@ -156,6 +169,12 @@ class Tally:
             if folder in self.storages
         }
         return replace(self, storages={**self.storages, **known})
+
+    def without_failures(self, keys: Collection[str]) -> Tally:
+        """Return the tally in which these pairs have no failures: a snapshot was taken since, or the policy changed."""
+        return replace(
+            self, pairs={k: replace(pair, failures=None) if k in keys else pair for k, pair in self.pairs.items()}
+        )
 
     def only(self, keys: Collection[str]) -> Tally:
         """Return what is known of these pairs, and of their domains, folders and policies; the rest has gone."""
@@ -181,8 +200,8 @@ def _pair_after(pair: PairTally, event: RunEvent) -> PairTally:
         case PruneBlocked():
             return replace(pair, blocked=dict(event.blocked))
         case RunSkipped():
-            quarantined = frozenset({event.reason} if event.quarantined else ())
-            return replace(pair, skipped=_more(pair.skipped, event.reason), quarantined=quarantined)
+            found = (event.reason if event.quarantined else None) if event.refused else pair.quarantine
+            return replace(pair, skipped=_more(pair.skipped, event.reason), quarantine=found)
         case RunStuck():
             return replace(pair, stuck=True)
         case RunFinished():
@@ -206,16 +225,18 @@ def _counted(pair: PairTally, event: RunEvent) -> PairTally:
 
 
 def _pair_finished(pair: PairTally, event: RunFinished) -> PairTally:
-    failures, quarantined, blocked = pair.failures, pair.quarantined, pair.blocked
+    failures, quarantine, blocked = pair.failures, pair.quarantine, pair.blocked
     if event.result in {"skipped", "failed"}:
-        count, first_at = (failures.count + 1, failures.first_at) if failures else (1, event.ended_at)
-        failures = Failures(count, event.reason or "unknown", first_at, event.ended_at)
+        # In whole seconds, as the times of snapshots are.
+        at = event.started_at.replace(microsecond=0)
+        count, first_at = (failures.count + 1, failures.first_at) if failures else (1, at)
+        failures = Failures(count, event.reason or "unknown", first_at, at)
     elif event.result in {"taken", "unchanged"}:
         failures = None
         blocked = blocked if event.waiting else {}
-    if event.result != "skipped":  # else the skip has said why
-        quarantined = _UNPRUNABLE & event.waiting.keys()
-    return replace(pair, failures=failures, quarantined=quarantined, blocked=blocked, stuck=False)
+    if event.result in {"taken", "unchanged", "failed"}:  # it was not refused
+        quarantine = None
+    return replace(pair, failures=failures, quarantine=quarantine, blocked=blocked, stuck=False)
 
 
 def _domain_after(domain: DomainTally, event: RunEvent) -> DomainTally:
@@ -232,6 +253,8 @@ def _domain_after(domain: DomainTally, event: RunEvent) -> DomainTally:
 def _policy_after(policy: PolicyTally, event: RunEvent) -> PolicyTally:
     match event:
         case SnapshotTaken():
+            if event.duration_seconds is None:
+                return policy
             takes = (policy.takes or Durations()).and_one(event.duration_seconds)
             freezes = policy.freezes
             if event.consistency == Consistency.FILESYSTEM:

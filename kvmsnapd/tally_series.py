@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from prometheus_client.core import Metric
 
     from kvmsnapd.fleet import Fleet, Pair
-    from kvmsnapd.tally import Failures, PairTally, Tally
+    from kvmsnapd.tally import PairTally, Tally
 
 _PAIR = ("domain", "policy")
 _BEST = {
@@ -49,7 +49,7 @@ def _finding_families(fleet: Fleet, tally: Tally) -> Iterator[Metric]:
     )
     quarantined = of_pair(
         "quarantined",
-        "1 while a domain is left alone for a reason that only a person can change. Worry at 1.",
+        "1 while a domain is left alone, or not pruned, for a reason that only a person can change. Worry at 1.",
         "reason",
     )
     stuck = of_pair(
@@ -62,7 +62,7 @@ def _finding_families(fleet: Fleet, tally: Tally) -> Iterator[Metric]:
     )
     for pair, found in _each(fleet, tally):
         labels = [pair.name.domain, pair.name.policy]
-        failing = _failing(pair, found.failures)
+        failing = found.failures
         failures.add_metric([*labels, failing.reason if failing else ""], failing.count if failing else 0)
         if failing:
             since.add_metric(labels, failing.first_at.timestamp())
@@ -73,12 +73,6 @@ def _finding_families(fleet: Fleet, tally: Tally) -> Iterator[Metric]:
         if found.stuck:
             stuck.add_metric(labels, 1)
     yield from (failures, since, blocked, quarantined, stuck)
-
-
-def _failing(pair: Pair, failures: Failures | None) -> Failures | None:
-    """Return the runs that failed in a row, None without any; a snapshot taken since, by a person, ends the row."""
-    ended = failures and pair.last_success_at and pair.last_success_at > failures.last_at
-    return None if ended else failures
 
 
 def _counter_families(fleet: Fleet, tally: Tally) -> Iterator[Metric]:

@@ -16,6 +16,9 @@ from typing import Any
 import pytest
 import yaml
 
+from kvmsnapd.errors import HypervisorError
+from kvmsnapd.prune import BlockReason
+from kvmsnapd.refusal import RefusalReason
 from tests.prometheus.cases import CASES, HOME, cases, for_promtool
 from tests.prometheus.series import exported_series
 
@@ -102,6 +105,30 @@ def test_every_alert_fires_when_it_should_and_only_then(promtool: str, path: Pat
     expanded.write_text(for_promtool(path), encoding="utf-8")
     said = answer(promtool, "test", "rules", expanded)
     assert said.returncode == 0, said.stdout + said.stderr
+
+
+def test_every_reason_that_the_rules_and_cases_name_is_one_that_the_daemon_gives() -> None:
+    given = {
+        *RefusalReason,
+        *BlockReason,
+        "",
+        "hook",
+        "locked",
+        "misfire",
+        "storage_busy",
+        "state_directory",
+        "unforeseen",
+    }
+    pending = [HypervisorError]
+    while pending:
+        kind = pending.pop()
+        given.add(kind.reason)
+        pending += kind.__subclasses__()
+    texts = [(CONFIG / "rules.yaml").read_text(encoding="utf-8"), *(path.read_text(encoding="utf-8") for path in CASES)]
+    found = [words for text in texts for words in re.findall(r'reason(?:=|!=|=~|!~)"([a-z_|]*)"', text)]
+    named = {word for words in found for word in words.split("|")}
+    assert len(named) > 10
+    assert named <= given
 
 
 @each_alert

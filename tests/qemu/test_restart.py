@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -84,6 +85,25 @@ def test_the_first_scrape_after_a_restart_is_the_last_one_before(
     for series, count in before.items():
         if series[0] == "kvmsnapd_failures_in_a_row":
             assert after[series] - count in {0, 1}
+
+
+def test_a_guest_that_is_thawed_again_is_not_called_frozen_until_the_next_run(
+    make_guest: Callable[..., Guest], libvirtd: Libvirtd, tmp_path: Path
+) -> None:
+    guest = make_guest()
+    guest.ask_agent("guest-fsfreeze-freeze")
+    daemon = DaemonProcess(tmp_path / "daemon", libvirtd.uri, f"{POLICIES}  {guest.name}: [good]\n")
+    series = ("kvmsnapd_guest_frozen", guest.name)
+    try:
+        daemon.start()
+        daemon.wait_for(lambda: daemon.metrics()[series] == 1)
+        time.sleep(2.5)  # it is looked at again, and is still frozen
+        assert daemon.metrics()[series] == 1
+        guest.ask_agent("guest-fsfreeze-thaw")
+        daemon.wait_for(lambda: daemon.metrics()[series] == 0)
+        assert len(daemon.events("run.started")) == 1
+    finally:
+        daemon.kill()
 
 
 def test_chains_and_folders_are_known_again_within_seconds_though_nothing_is_due(

@@ -21,7 +21,7 @@ FOUND = Tally(
         KEY: PairTally(
             failures=Failures(7, "agent", NOW - timedelta(hours=1), NOW),
             blocked={"fuse": 11},
-            quarantined=frozenset({"disk", "branch"}),
+            quarantine="disk",
         )
     },
     domains={UUID: DomainTally(frozen=True), OTHER_UUID: DomainTally(frozen=False)},
@@ -54,6 +54,8 @@ def test_without_a_note_nothing_is_known(tmp_path: Path) -> None:
         '{"version": 1, "pairs": {"a/b": {"failures": [1, "x"]}}, "frozen": {}}',
         '{"version": 1, "pairs": {"a/b": {"failures": [1, "x", "2026-11-22", "2026-11-22"]}}, "frozen": {}}',
         '{"version": 1, "pairs": {"a/b": {"blocked": {"fuse": "many"}}}, "frozen": {}}',
+        '{"version": 1, "pairs": {"a/b": {"quarantine": ["disk"]}}, "frozen": {}}',
+        '{"version": 1, "pairs": {"a/b": {"blocked": {"\\ud800": 1}}}, "frozen": {}}',
         "\x00\xff",
     ],
 )
@@ -86,6 +88,11 @@ def test_the_file_is_written_only_when_something_has_changed(tmp_path: Path) -> 
 def test_a_note_that_cannot_be_written_stops_nothing_and_is_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    note = FindingsNote(tmp_path / "gone")
+    directory = tmp_path / "gone"
+    note = FindingsNote(directory)
     note.write(FOUND)
-    assert "not kept over a restart" in caplog.text
+    note.write(FOUND)
+    assert caplog.text.count("not kept over a restart") == 1
+    directory.mkdir()
+    note.write(FOUND)
+    assert FindingsNote(directory).read() == FOUND

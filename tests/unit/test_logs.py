@@ -600,10 +600,11 @@ config.loaded: files policies selectors warnings needs_restart policies_added po
 config.rejected: path problems
 daemon.started: uri metrics
 daemon.stopped: unfinished
-domain.examined: domain domain_uuid policy chain_depth free_bytes chain_limit
+domain.examined: domain domain_uuid policy chain_depth free_bytes chain_limit folders
 domain.thaw_failed: domain domain_uuid error
 domain.thawed: domain domain_uuid
 guest.frozen: domain domain_uuid policy error
+guest.unfrozen: domain domain_uuid
 hook.finished: domain domain_uuid policy hook ok detail output duration_seconds
 jobs.changed: added changed removed
 libvirt.connected: uri driver version
@@ -612,7 +613,7 @@ prune.blocked: domain domain_uuid policy blocked detail again
 run.finished: domain domain_uuid policy result started_at ended_at duration_seconds scheduled_at snapshot kind
     consistency frozen excluded paused_seconds take_seconds downgraded reason detail quarantined deleted
     deleted_snapshots delete_seconds delete_error blocked waiting hooks chain_depth free_bytes
-run.skipped: domain domain_uuid policy reason detail quarantined again
+run.skipped: domain domain_uuid policy reason detail refused quarantined again
 run.started: domain domain_uuid policy started_at
 run.stuck: domain domain_uuid policy after_seconds
 snapshot.delete_failed: domain domain_uuid policy snapshot reason error

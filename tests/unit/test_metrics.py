@@ -126,7 +126,7 @@ def finished(
 
 
 def refused(reason: str = "disk", *, quarantined: bool = True, again: bool = False) -> RunSkipped:
-    return RunSkipped(pair=PAIR, reason=reason, detail="a sentence", quarantined=quarantined, again=again)
+    return RunSkipped(pair=PAIR, reason=reason, detail="a sentence", refused=True, quarantined=quarantined, again=again)
 
 
 def every_event() -> list[Event]:
@@ -376,6 +376,26 @@ def test_a_quarantine_is_there_from_its_first_run_with_its_reason_and_changes_wi
     assert bench.value("quarantined", **LABELS, reason="transient") == 1
 
 
+@pytest.mark.parametrize("reason", ["misfire", "locked", "connection", "unforeseen"])
+def test_a_quarantine_lasts_through_runs_that_could_not_look(reason: str) -> None:
+    bench = Bench(an_inventory())
+    bench.feed(refused(), finished("skipped"), finished("nothing_due"))
+    bench.feed(RunSkipped(pair=PAIR, reason=reason, detail="a sentence"), finished("skipped", reason=reason))
+    assert bench.value("quarantined", **LABELS, reason="disk") == 1
+
+
+@pytest.mark.parametrize("result", ["failed", "skipped", "nothing_due"])
+def test_what_keeps_a_domain_from_being_pruned_lasts_until_a_run_has_pruned(result: str) -> None:
+    bench = Bench(an_inventory())
+    blocked = PruneBlocked(pair=PAIR, blocked={"branch": 2}, detail="a sentence")
+    bench.feed(blocked, finished(waiting={"branch": 2}), finished(result))
+    assert bench.value("quarantined", **LABELS, reason="branch") == 1
+    bench.feed(blocked, refused("space", quarantined=False), finished("skipped", waiting={"branch": 2}))
+    assert bench.value("quarantined", **LABELS, reason="branch") == 1
+    bench.feed(finished("taken"))
+    assert "quarantined" not in bench.series(**LABELS)
+
+
 @pytest.mark.parametrize("result", ["taken", "unchanged"])
 def test_a_quarantine_ends_with_a_snapshot(result: str) -> None:
     bench = Bench(an_inventory())
@@ -419,16 +439,25 @@ def test_the_depth_of_each_chain_is_that_of_the_last_run_and_gone_disks_go() -> 
 
 def test_free_space_is_told_by_folder_and_what_cannot_be_told_stays_as_it_was() -> None:
     bench = Bench(an_inventory())
-    bench.feed(DomainExamined(pair=PAIR, chain_depth={}, free_bytes={"/a": 10, "/b": 20}))
-    bench.feed(DomainExamined(pair=PAIR, chain_depth={}, free_bytes={"/a": 5}))
+    both = "/a", "/b"
+    bench.feed(DomainExamined(pair=PAIR, chain_depth={}, free_bytes={"/a": 10, "/b": 20}, folders=both))
+    bench.feed(DomainExamined(pair=PAIR, chain_depth={}, free_bytes={"/a": 5}, folders=both))
     assert bench.value("storage_free_bytes", storage="/a") == 5
     assert bench.value("storage_free_bytes", storage="/b") == 20
+
+
+def test_a_folder_that_the_policy_has_left_goes() -> None:
+    bench = Bench(an_inventory())
+    bench.feed(DomainExamined(pair=PAIR, chain_depth={}, free_bytes={"/old": 10}, folders=("/old",)))
+    bench.feed(DomainExamined(pair=PAIR, chain_depth={}, free_bytes={"/new": 20}, folders=("/new",)))
+    assert bench.value("storage_free_bytes", storage="/old") is None
+    assert bench.value("storage_free_bytes", storage="/new") == 20
 
 
 def test_the_space_of_a_folder_that_no_domain_uses_any_more_goes() -> None:
     bench = Bench(an_inventory())
     bench.feed(DomainExamined(pair=PAIR, chain_depth={}, free_bytes={"/a": 10}))
-    bench.metrics.keep_only([])
+    bench.metrics.take_over(Fleet(NOW))
     assert bench.value("storage_free_bytes", storage="/a") is None
     assert bench.metrics.tally.storages == {}
 
@@ -440,7 +469,7 @@ def test_a_folder_has_the_strictest_limit_of_the_policies_that_use_it() -> None:
         pair = replace(PAIR, policy=policy.name)
         bench.feed(DomainExamined(pair=pair, chain_depth={}, free_bytes={"/a": 100}))
     assert bench.value("min_free_bytes", storage="/a") == 20
-    bench.metrics.keep_only([PAIR.key])
+    bench.metrics.take_over(a_fleet(an_inventory(), selectors={"web1": policies[:1]}))
     assert bench.value("min_free_bytes", storage="/a") == 10
 
 
@@ -474,11 +503,30 @@ def test_a_run_that_found_nothing_due_neither_ends_a_row_of_failures_nor_is_one(
 
 
 def test_a_snapshot_that_somebody_else_has_taken_since_ends_a_row_of_failures() -> None:
+    fleet = a_fleet(an_inventory(a_snapshot("2026-11-22T12:00")))
     bench = Bench(an_inventory(a_snapshot("2026-11-22T12:00")))
-    bench.feed(finished("failed", ended_at=at("2026-11-22T11:00")))
+    bench.feed(*[finished("failed", ended_at=at("2026-11-22T11:00"))] * 30)
+    bench.metrics.take_over(fleet)
     assert bench.value("failures_in_a_row", **LABELS, reason="") == 0
     bench.feed(finished("failed", ended_at=at("2026-11-22T12:15")))
-    assert bench.value("failures_in_a_row", **LABELS, reason="busy") == 2
+    bench.metrics.take_over(fleet)
+    assert bench.value("failures_in_a_row", **LABELS, reason="busy") == 1
+
+
+def test_a_take_that_was_said_to_fail_and_did_not_ends_the_row_as_well() -> None:
+    taken_at = at("2026-11-22T12:00:03")
+    snapshot = a_snapshot("2026-11-22T12:00", taken_at=taken_at)
+    bench = Bench(an_inventory(snapshot))
+    bench.feed(finished("failed", ended_at=taken_at.replace(microsecond=700_000)))
+    bench.metrics.take_over(a_fleet(an_inventory(snapshot)))
+    assert bench.value("failures_in_a_row", **LABELS, reason="") == 0
+
+
+def test_when_what_applies_to_a_pair_changes_its_failures_are_counted_anew() -> None:
+    bench = Bench(an_inventory())
+    bench.feed(finished("failed"), finished("failed"))
+    bench.metrics.forget_failures([PAIR.key])
+    assert bench.value("failures_in_a_row", **LABELS, reason="") == 0
 
 
 # The end of a pair
@@ -487,7 +535,7 @@ def test_a_snapshot_that_somebody_else_has_taken_since_ends_a_row_of_failures() 
 def test_when_one_policy_of_a_domain_goes_what_is_known_of_the_domain_stays() -> None:
     bench = Bench(an_inventory())
     bench.feed(*every_event())
-    bench.metrics.keep_only([f"{UUID}/other"])
+    bench.metrics.take_over(a_fleet(an_inventory(), selectors={"web1": (a_policy("other"),)}))
     assert bench.value("backing_chain_depth", domain="web1", target="vda") == 2
     assert bench.value("guest_frozen", domain="web1") == 1
     assert "quarantined" not in bench.series(**LABELS)
@@ -498,20 +546,20 @@ def test_when_a_pair_goes_all_its_series_go() -> None:
     bench.feed(*every_event())
     bench.seen = Observation(fleet=Fleet(NOW))
     assert bench.series(domain="web1") == set()
-    bench.metrics.keep_only([])
+    bench.metrics.take_over(bench.seen.fleet or Fleet(NOW))
     assert bench.metrics.tally == Tally()
 
 
 def test_when_a_pair_goes_the_others_stay() -> None:
     bench = Bench(an_inventory())
     bench.feed(*every_event())
-    bench.metrics.keep_only([PAIR.key])
+    bench.metrics.take_over(a_fleet(an_inventory()))
     assert bench.value("snapshots_taken_total", **LABELS, consistency="filesystem") == 1
 
 
 def test_a_run_that_ends_after_its_pair_is_gone_leaves_no_series() -> None:
     bench = Bench(an_inventory())
-    bench.metrics.keep_only([])
+    bench.metrics.take_over(Fleet(NOW))
     bench.seen = Observation(fleet=Fleet(NOW))
     bench.feed(*every_event())
     assert bench.series(domain="web1") == set()
