@@ -11,6 +11,7 @@ import logging
 import re
 import secrets
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from http import HTTPStatus
@@ -26,8 +27,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _LONGEST_PASSWORD = 72  # bcrypt looks at no more bytes
-_MOST_WAITING = 16
-"""Passwords that wait to be compared. Each takes a tenth of a second, so more would wait too long to be of use."""
+_MOST_WAITING, _MOST_WAITING_EACH = 16, 4
+"""Passwords that wait to be compared, of all clients and of one. Each takes a tenth of a second, so more would wait too
+long to be of use."""
 
 _MOST_KNOWN = 1000
 
@@ -56,7 +58,7 @@ class Access:
         self._trouble = ""
         self._key = secrets.token_bytes(32)
         self._known: set[bytes] = set()
-        self._waiting = 0
+        self._waiting = Counter[str]()
         self._comparing = ThreadPoolExecutor(1, "passwords")
 
     def current(self) -> WebConfig:
@@ -82,14 +84,16 @@ class Access:
                 logging.getLogger(__name__).warning(message, error)
         else:
             self._trouble = ""
-            self._known.clear()
 
-    async def refusal(self, authorization: list[str], certificate: dict[str, Any] | None) -> HTTPStatus | None:
+    async def refusal(
+        self, authorization: list[str], certificate: dict[str, Any] | None, peer: str = ""
+    ) -> HTTPStatus | None:
         """Return with what status a request is refused, None if it is not.
 
         Args:
             authorization: the request's headers of this name.
             certificate: the client's, as ``getpeercert`` gives it, after the handshake has verified it.
+            peer: the client's address.
         """
         config = self._config
         if config.allowed_sans and not _has_name(certificate, config.allowed_sans):
@@ -106,13 +110,14 @@ class Access:
         mark = hmac.digest(self._key, text, hashlib.sha256)
         if mark in self._known:
             return None
-        if self._waiting >= _MOST_WAITING:
+        if self._waiting[peer] >= _MOST_WAITING_EACH or self._waiting.total() >= _MOST_WAITING:
             return HTTPStatus.SERVICE_UNAVAILABLE
-        self._waiting += 1
+        self._waiting[peer] += 1
         try:
             right = await asyncio.get_running_loop().run_in_executor(self._comparing, _is_right, password, hashed)
         finally:
-            self._waiting -= 1
+            self._waiting[peer] -= 1
+            self._waiting += Counter()  # without those at 0
         if not (right and known):
             return HTTPStatus.UNAUTHORIZED
         if self._config is config and len(self._known) < _MOST_KNOWN:

@@ -49,8 +49,6 @@ class Limits:
     """The same, for taking 64 KiB of an answer."""
     look: float = 1.0
     """Between two looks at the web configuration and its certificates."""
-    body: int = 65536
-    """Bytes of a request's body, which is not looked at."""
 
 
 class Answer(NamedTuple):
@@ -70,12 +68,12 @@ class Complaints:
     """The log of what clients can cause: once a minute at most, so that they cannot fill it."""
 
     def __init__(self) -> None:
-        self._last = -_SELDOM_SECONDS
+        self._last: dict[str, float] = {}
 
     def tell(self, message: str, error: BaseException | None = None) -> None:
-        """Log an error with its traceback, unless there was one within the last minute."""
-        if time.monotonic() - self._last >= _SELDOM_SECONDS:
-            self._last = time.monotonic()
+        """Log an error with its traceback, unless these words were told within the last minute."""
+        if time.monotonic() - self._last.get(message, -_SELDOM_SECONDS) >= _SELDOM_SECONDS:
+            self._last[message] = time.monotonic()
             logging.getLogger(__name__).error(message, exc_info=error)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from collections import Counter
 from email.utils import formatdate
 from http import HTTPStatus
 from typing import TYPE_CHECKING
@@ -22,13 +23,12 @@ if TYPE_CHECKING:
     from kvmsnapd.endpoint.answers import Answers, Limits
 
 _CHUNK = 65536
-_READ = 4096  # h11 looks at the length of a head only while some of it is missing, so not much must come at once
-_LONGEST_HEAD = 16384
+_READ = 2048  # h11 looks at the length of a head only while some of it is missing, so not much must come at once
+_LONGEST_HEAD = 4096  # Prometheus' own is below 1000
 _REASONS = {
     HTTPStatus.BAD_REQUEST: "this is no HTTP request",
     HTTPStatus.UNAUTHORIZED: "a user and password are needed",
     HTTPStatus.FORBIDDEN: "the certificate is none of those that are let in",
-    HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "no request here needs so long a body",
     HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE: "the headers are too long",
     HTTPStatus.NOT_IMPLEMENTED: "this transfer encoding is not understood",
     HTTPStatus.SERVICE_UNAVAILABLE: "too many passwords are being compared; try again",
@@ -77,10 +77,12 @@ class Places:
     def make_room(self, *, at_once: bool = False) -> bool:
         """Close the connection that has been waiting longest without a request, or else has been taking an answer in.
 
-        Return False if none has done so long enough.
+        Of those clients, by address, that have most places. Return False if none has done so long enough.
         """
+        held = Counter(connection.peer for connection in self._all)
+        crowd = {peer for peer, count in held.items() if count == max(held.values())}
         for table, patience in ((self._waiting, self._limits.grace), (self._writing, self._limits.stall)):
-            oldest = next(iter(table), None)
+            oldest = next((connection for connection in table if connection.peer in crowd), None)
             if oldest and (at_once or time.monotonic() - table[oldest] >= patience):
                 oldest.drop()
                 return True
@@ -99,6 +101,7 @@ class Connection:
 
     def __init__(self, sock: socket.socket, places: Places, limits: Limits, answers: Answers, access: Access) -> None:
         self._sock, self._places, self._limits = sock, places, limits
+        self.peer = _address_of(sock)
         self._answers, self._access = answers, access
         self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=_LONGEST_HEAD)
         self._begun = self._opened = False
@@ -148,51 +151,41 @@ class Connection:
             return False
         if request is None:
             return False
+        if self._access.current().context is not config.context:
+            return False  # who was let in by a handshake of other times has to shake hands again
         self._places.note(self)
         self._allow(self._limits.answer)
-        now = self._access.current()
         answer = await self._answer(request)
-        # Who was let in by a handshake of other times has to shake hands again.
-        await self._send(answer, last=now.context is not config.context, bodiless=request.method == b"HEAD")
+        # Where places are short nobody keeps one by asking again and again.
+        last = self._places.full or self._http.their_state is not h11.DONE
+        await self._send(answer, last=last, bodiless=request.method == b"HEAD")
         if self._http.our_state is not h11.DONE or self._http.their_state is not h11.DONE:
             return False
         self._http.start_next_cycle()
         return True
 
     async def _receive(self) -> h11.Request | None:
-        """Return the next request once all of it is here, None if the client has closed."""
-        request: h11.Request | None = None
-        length = 0
+        """Return the next request once its head is here, None if the client has closed. No body is ever read."""
         self._places.note(self, waiting=True)
         if self._idle:
             self._allow(self._limits.head if self._http.trailing_data[0] else self._limits.idle)
-        while True:
-            event = self._http.next_event()
-            if event is h11.NEED_DATA:
-                if self._http.they_are_waiting_for_100_continue:
-                    await self._write(self._http.send(h11.InformationalResponse(status_code=100, headers=[])))
-                    self._places.note(self, waiting=True)
-                data = await self._stream.read(_READ)
-                if self._idle:
-                    self._idle = False
-                    self._allow(self._limits.head)
-                self._http.receive_data(data)
-            elif isinstance(event, h11.Request):
-                request = event
-                length = -max((int(value) for name, value in event.headers if name == b"content-length"), default=0)
-            elif isinstance(event, h11.Data):
-                length += len(event.data)
-            else:
-                return request if isinstance(event, h11.EndOfMessage) else None
-            if abs(length) > self._limits.body:
-                msg = "too long a body"
-                raise h11.RemoteProtocolError(msg, error_status_hint=HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
+        while (event := self._http.next_event()) is h11.NEED_DATA:
+            data = await self._stream.read(_READ)
+            if self._idle:
+                self._idle = False
+                self._allow(self._limits.head)
+            self._http.receive_data(data)
+        if not isinstance(event, h11.Request):
+            return None
+        if not any(name in {b"content-length", b"transfer-encoding"} for name, _ in event.headers):
+            self._http.next_event()  # the end of the request; else there is more to come, and it is the last one
+        return event
 
     async def _answer(self, request: h11.Request) -> Answer:
         found: dict[bytes, list[str]] = {}
         for name, value in request.headers:
             found.setdefault(bytes(name), []).append(value.decode("latin-1"))
-        refused = await self._access.refusal(found.get(b"authorization", []), self._stream.certificate)
+        refused = await self._access.refusal(found.get(b"authorization", []), self._stream.certificate, self.peer)
         if refused:
             return _refusal(refused)
         return await self._answers.to(
@@ -225,6 +218,13 @@ class Connection:
     def _allow(self, seconds: float) -> None:
         """Give the client so much time for what it does next."""
         self._deadline.reschedule(min(asyncio.get_running_loop().time() + seconds, self._ends))
+
+
+def _address_of(sock: socket.socket) -> str:
+    try:
+        return str(sock.getpeername()[0])
+    except (OSError, IndexError):  # gone already; or a unix socket, whose clients have no address
+        return ""
 
 
 def _refusal(status: HTTPStatus) -> Answer:

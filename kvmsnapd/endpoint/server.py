@@ -9,10 +9,12 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import resource
 import socket
 import stat
 import threading
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +37,7 @@ _SOCKET_MODE = 0o660
 _SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 _SHORTAGE_PAUSE, _ROOM_PAUSE = 0.1, 0.005
 _CLOSE_SECONDS = 5.0
+_SHARE_OF_DESCRIPTORS = 4
 
 
 class MetricsServer:
@@ -63,7 +66,10 @@ class MetricsServer:
             ConfigError: the web configuration is not valid.
             KvmsnapdError: the address cannot be listened on.
         """
-        self._limits = limits or Limits()
+        limits = limits or Limits()
+        # Most descriptors are for locks and libvirt.
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // _SHARE_OF_DESCRIPTORS
+        self._limits = replace(limits, connections=max(1, min(limits.connections, most)))
         self._complaints = Complaints()
         self._access = Access(web_config, look_seconds=self._limits.look)
         self._answers = Answers(render, ready, self._complaints)
@@ -139,7 +145,11 @@ class MetricsServer:
             except BaseException:
                 client.close()
                 raise
-            self._welcome(loop, places, client)
+            try:
+                self._welcome(loop, places, client)
+            except Exception as error:  # noqa: BLE001  # whatever it is, others can be let in
+                client.close()
+                self._complaints.tell("a connection could not be begun", error)
             await asyncio.sleep(0)  # those that are connected have their turn between any two that come
 
     def _welcome(self, loop: asyncio.AbstractEventLoop, places: Places, client: socket.socket) -> None:

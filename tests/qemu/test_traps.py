@@ -48,7 +48,7 @@ from tests.lab.images import backing_chain, check_image, read_file_in_image
 from tests.lab.runs import Runs
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from kvmsnapd.diagnosis import Finding
     from kvmsnapd.model import Snapshot
@@ -337,6 +337,12 @@ def hang(guest: Guest) -> int:
     return guest.pid
 
 
+def go_on(processes: Iterable[int]) -> None:
+    """Let them run again."""
+    for process in processes:
+        os.kill(process, signal.SIGCONT)
+
+
 def test_trap_6_more_calls_that_hang_than_one_connection_bears_hold_up_nobody_else(
     make_guest: Callable[..., Guest], runs: Runs
 ) -> None:
@@ -356,8 +362,7 @@ def test_trap_6_more_calls_that_hang_than_one_connection_bears_hold_up_nobody_el
             assert ran.outcome.result is Result.TAKEN
             assert not any(run.done() for run in stuck)
         finally:
-            for process in processes:
-                os.kill(process, signal.SIGCONT)
+            go_on(processes)
         assert [run.result(timeout=WITHIN_S).outcome.result for run in stuck] == [Result.TAKEN] * len(hung)
 
 
@@ -383,13 +388,11 @@ def test_trap_6_a_daemon_all_of_whose_workers_hang_still_sees_and_tells(
         daemon.wait_for(lambda: daemon.metrics()[tick] > seen + 2)
         assert daemon.metrics()["kvmsnapd_libvirt_up",] == 1
         assert daemon.events("run.finished") == []
-    finally:
-        for process in processes:
-            os.kill(process, signal.SIGCONT)
-    try:
+        go_on(processes)
         daemon.wait_for(lambda: len(daemon.events("snapshot.taken")) == len(hung))
         assert daemon.kill(signal.SIGTERM) == 0
     finally:
+        go_on(processes)
         daemon.kill()
     assert len({event["domain"] for event in daemon.events("snapshot.taken")}) == len(hung)
 

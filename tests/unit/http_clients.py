@@ -120,12 +120,16 @@ class Authority:
 
     def __init__(self, folder: Path, name: str = "ca") -> None:
         self.folder, self.name = folder, name
-        self._openssl("req", "-x509", *self._new_key(name), "-subj", f"/CN={name}", "-days", "1", "-out", f"{name}.crt")
+        usage = ("-addext", "keyUsage=critical,keyCertSign,cRLSign")  # without it Python 3.13 trusts none
+        key = self._new_key(name)
+        self._openssl("req", "-x509", *key, "-subj", f"/CN={name}", "-days", "1", "-out", f"{name}.crt", *usage)
 
     def sign(self, name: str, sans: str) -> None:
         """Write NAME.crt and NAME.key."""
         self._openssl("req", *self._new_key(name), "-subj", f"/CN={name}", "-out", f"{name}.csr")
-        (self.folder / f"{name}.ext").write_text(f"subjectAltName={sans}\n", encoding="utf-8")
+        (self.folder / f"{name}.ext").write_text(
+            f"subjectAltName={sans}\nauthorityKeyIdentifier=keyid\nsubjectKeyIdentifier=hash\n", encoding="utf-8"
+        )
         self._openssl(
             *("x509", "-req", "-in", f"{name}.csr", "-CA", f"{self.name}.crt", "-CAkey", f"{self.name}.key"),
             *("-CAcreateserial", "-days", "1", "-extfile", f"{name}.ext", "-out", f"{name}.crt"),

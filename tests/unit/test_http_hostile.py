@@ -107,6 +107,35 @@ def test_500_clients_that_never_read_their_answer_hold_up_nobody() -> None:
             assert seconds_of_a_scrape(server) < 1
 
 
+def ask_often(server: MetricsServer, stop: threading.Event, request: bytes) -> None:
+    with crowd(server, 256, request) as clients:
+        while not stop.wait(0.005):
+            for client in clients:
+                with suppress(OSError):
+                    client.send(request, socket.MSG_NOSIGNAL)
+
+
+@pytest.mark.parametrize(
+    "request_text",
+    [
+        b"GET /x HTTP/1.1\r\nHost: a\r\n\r\n",
+        b"POST /metrics HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n" + b"1\r\nx\r\n" * 500,
+    ],
+    ids=["small", "chunked"],
+)
+def test_256_clients_that_ask_all_the_time_hold_up_nobody(request_text: bytes) -> None:
+    stop = threading.Event()
+    with serving() as server:
+        thread = threading.Thread(target=ask_often, args=[server, stop, request_text])
+        thread.start()
+        try:
+            time.sleep(0.2)
+            assert min(seconds_of_a_scrape(server) for _ in range(3)) < 1  # this process makes the noise as well
+        finally:
+            stop.set()
+            thread.join()
+
+
 def trickle(server: MetricsServer, stop: threading.Event) -> None:
     with crowd(server, 300) as clients:
         while not stop.wait(0.05):
