@@ -257,7 +257,7 @@ class _Looks:
                 break
             try:
                 left = timedelta(seconds=max(0.0, deadline - time.monotonic()))
-                held.enter_context(self.locks.hold(inventory.uuid, wait=left))
+                held.enter_context(self.locks.hold(inventory.uuid, wait=left, doing="a look at everything"))
             except DomainLockedError:
                 return inventory
             except OSError:

@@ -22,6 +22,8 @@ from kvmsnapd.daemon_events import (
     LibvirtConnected,
     LibvirtLost,
 )
+from kvmsnapd.driller import Driller
+from kvmsnapd.drills import Drills
 from kvmsnapd.errors import ConfigError, HypervisorError, KvmsnapdError
 from kvmsnapd.events import RunSkipped
 from kvmsnapd.execute import PATIENCE, Executor
@@ -103,6 +105,8 @@ class Daemon:
         settings = config.settings
         self._started_with = settings
         self._uri = connect or settings.connect
+        self._stopping = threading.Event()
+        self._tick_wanted = threading.Event()
         configure_logging(level=settings.log.level, form=settings.log.format)
         self._swap = threading.Lock()  # of the configuration, with all that was made of it
         self._fleet: Fleet | None = None
@@ -130,13 +134,19 @@ class Daemon:
             gates=StorageGates(takes=settings.takes_per_storage, heavy=settings.merges_per_storage),
         )
         self._scheduler = JobScheduler(self._run_pair, workers=settings.workers + _STUCK_RUNS)
+        driller = Driller(
+            self._host,
+            self._publish,
+            read_clock,
+            lambda pair: self._executor.locked(pair, "a restore drill"),
+            wanted=lambda: not self._stopping.is_set(),
+        )
+        self._drills = Drills(driller, read_clock, done=self._tick_wanted.set)
         self._pairs: dict[str, Pair] = {}
         self._retries = Retries()
         self._waiting: dict[str, WaitingSlot] = {}
         self._thawing: threading.Thread | None = None
         self._missed: dict[str, datetime] = {}
-        self._stopping = threading.Event()
-        self._tick_wanted = threading.Event()
         self._ticked = threading.Event()
         self._freeze_intents = 0
 
@@ -148,6 +158,8 @@ class Daemon:
         ticking = threading.Thread(target=self._tick_forever, name="tick", daemon=True)
         ticking.start()
         threading.Thread(target=self._look_again_forever, name="look-again", daemon=True).start()
+        drills = threading.Thread(target=self._drill_forever, name="drills", daemon=True)
+        drills.start()
         deadline = time.monotonic() + _FIRST_TICK_SECONDS
         while not self._ticked.wait(_PAUSE_SECONDS) and time.monotonic() < deadline and not signal.sigpending():
             pass
@@ -163,6 +175,7 @@ class Daemon:
         self._stopping.set()
         self._tick_wanted.set()
         ended = self._scheduler.stop(DRAIN)
+        drills.join(_CLOSE_SECONDS)  # it gives its drill up
         self.outlets.close()
         # Takes down what was only made for us; a libvirt that does not answer must not hold up the end.
         closing = threading.Thread(target=self._host.close, name="close", daemon=True)
@@ -209,6 +222,13 @@ class Daemon:
                     self.outlets.look_again(self._host, self._fleet)
             except Exception:  # the next look may do better
                 logging.getLogger(__name__).exception("looking again ended in an unforeseen error")
+
+    def _drill_forever(self) -> None:
+        self._drills.run_forever(
+            lambda: self._pairs.values() if self._libvirt_up else (),
+            self._stopping,
+            lambda: self._live.current.settings.tick.total_seconds(),  # noqa: PLW0108  # a reload replaces them
+        )
 
     def _tick(self) -> None:
         """Look at libvirt once and put jobs, retries and metrics in step with what is there."""

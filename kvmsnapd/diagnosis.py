@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 
 from kvmsnapd.disks import file_stem
 from kvmsnapd.model import CHAIN_CEILING, DomainState, Kind
-from kvmsnapd.naming import NAME_PATTERN
+from kvmsnapd.naming import DRILL_NAME, NAME_PATTERN
 from kvmsnapd.preflight import chain_depth, chain_limit
 from kvmsnapd.prune import BlockReason, find_branch, find_obstacle
 from kvmsnapd.refusal import RefusalReason
+from kvmsnapd.restore import files_on_the_way, find_restoring
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -91,6 +92,7 @@ def diagnose_domain(
         command = f"virsh snapshot-list --tree {shlex.quote(name)}"
         yield Finding(Level.PROBLEM, name, f"nothing is pruned: {branch}", command)
     yield from _half_deleted(domain)
+    yield from _half_restored(domain)
     yield from _stray_layers(domain, own, capabilities)
     limit = min((chain_limit(policy, capabilities) for policy in policies), default=capabilities.chain_ceiling)
     depth, external = chain_depth(domain), any(s.kind is not Kind.INTERNAL for s in domain.snapshots)
@@ -98,7 +100,7 @@ def diagnose_domain(
         yield Finding(Level.WARNING, name, f"its backing chain is {depth} deep, and the limit is {limit}")
     if domain.snapshots:
         text = f"has {len(domain.snapshots)} snapshot(s): libvirt refuses to migrate it and to undefine it"
-        yield Finding(Level.NOTE, name, f"{text}; README.md, `A domain that moves or goes`, has the way out")
+        yield Finding(Level.NOTE, name, f"{text}; `kvmsnapd forget` takes ours away")
 
 
 def _half_deleted(domain: Domain) -> Iterator[Finding]:
@@ -112,7 +114,18 @@ def _half_deleted(domain: Domain) -> Iterator[Finding]:
             yield Finding(Level.PROBLEM, domain.name, text, f"virsh shutdown {shlex.quote(domain.name)}")
         elif deleting:
             text = f"the delete of {snapshot.name} was cut off: do not go back to it, it goes with the next run"
-            yield Finding(Level.WARNING, domain.name, text)
+            yield Finding(Level.WARNING, domain.name, text, f"kvmsnapd prune {shlex.quote(domain.name)}")
+
+
+def _half_restored(domain: Domain) -> Iterator[Finding]:
+    target = find_restoring(domain)
+    if target:
+        again = f"kvmsnapd restore {shlex.quote(domain.name)} {target.name}"
+        text = (
+            f"a restore to {target.name} was cut off; nothing is taken or pruned until `{again}` has finished it, or, "
+            "where the domain has not gone back yet, `--abandon` added to it has taken it back"
+        )
+        yield Finding(Level.PROBLEM, domain.name, text, again)
 
 
 def _standstill(domain: Domain) -> Iterator[Finding]:
@@ -192,8 +205,8 @@ def diagnose_files(domains: Sequence[Domain], files: Mapping[str, tuple[Layer, .
         if not _OUR_FILE.fullmatch(_name(path)) or _name(path) in used_names:
             continue
         owner = next((domain for domain in domains if _has_stem(path, file_stem(domain))), None)
-        if owner and owner.busy:
-            continue  # it may just be made
+        if owner and (owner.busy or path in files_on_the_way(owner)):
+            continue  # it may just be made; of a restore that was cut off more is said of the domain
         if standing.get(path):
             yield Finding(Level.WARNING, path, f"belongs to no snapshot, but {standing[path]} stands on it: left alone")
             continue
@@ -212,6 +225,8 @@ def _unused(file: Layer, owner: Domain | None, below: Domain | None, *, certain:
         certain: whether all that this domain stands on is known.
     """
     remove = f"rm {shlex.quote(file.path)}"
+    if _name(file.path).startswith(DRILL_NAME):
+        return Finding(Level.WARNING, file.path, "an overlay that a restore drill left which was cut off", remove)
     empty = file.allocated is not None and file.allocated < _EMPTY_BYTES
     runs = below is not None and below.state is not DomainState.SHUT_OFF and owner in {None, below}
     if below and (runs or (owner is below and not empty)):

@@ -121,19 +121,79 @@ def with_description(text: str, mark: Mark) -> str:
 
 def with_files_for_volumes(text: str, files: Mapping[str, str]) -> str:
     """Return a snapshot's XML in which the covered disks with these targets are files, not volumes of a pool."""
+    root = read_xml(text)
+    for disk in root.iterfind(".//devices/disk[@type='volume']"):
+        path = files.get(_target(disk))
+        if path:
+            put_file(disk, path)
+    return ET.tostring(root, encoding="unicode")
+
+
+def with_disk_files(text: str, files: Mapping[str, str]) -> str:
+    """Return a domain's XML in which the disks with these targets are these qcow2 files, whatever is below them."""
+    root = read_xml(text)
+    for disk in root.iterfind("devices/disk"):
+        path = files.get(_target(disk))
+        if path:
+            put_file(disk, path)
+            driver = disk.find("driver")
+            if driver is not None:
+                driver.set("type", "qcow2")
+    return ET.tostring(root, encoding="unicode")
+
+
+def with_overlays(text: str, overlays: Mapping[str, str]) -> str:
+    """Return a snapshot's XML in which these files receive the writes since, by disk target."""
+    root = read_xml(text)
+    for disk in root.iterfind("disks/disk[@snapshot='external']"):
+        source = disk.find("source")
+        if source is not None and disk.get("name") in overlays:
+            source.set("file", overlays[disk.get("name", "")])
+    return ET.tostring(root, encoding="unicode")
+
+
+def formats_of(snapshot_xml: str) -> tuple[Disk, ...]:
+    """Return the disks of the domain as they were when the snapshot was taken: its covered files and their formats."""
+    root = ET.fromstring(snapshot_xml)  # noqa: S314  # from libvirt, which wrote it itself
+    return tuple(_parse_disk(element) for element in root.iterfind("domain/devices/disk"))
+
+
+def format_standalone(request: TakeRequest, domain_xml: str, created: int) -> str:
+    """Write the record of a snapshot of a shut-off domain whose data is in files of its own: the request's overlays."""
+    root = read_xml(format_request(request))
+    for disk in root.iterfind("disks/disk[@snapshot='external']/source"):
+        disk.set("file", f"{disk.get('file')}.next")
+    for name, value in (("state", "shutoff"), ("creationTime", str(created))):
+        ET.SubElement(root, name).text = value
+    ET.SubElement(root, "memory", snapshot="no")
+    root.append(ET.fromstring(with_disk_files(domain_xml, dict(request.overlays))))  # noqa: S314  # libvirt's own
+    return ET.tostring(root, encoding="unicode")
+
+
+def read_xml(text: str) -> ET.Element:
+    """Read XML of libvirt's so that it is written with the prefixes that it has."""
     for _, (prefix, uri) in ET.iterparse(StringIO(text), events=["start-ns"]):  # noqa: S314  # libvirt's own
         if not re.fullmatch(r"ns\d+", prefix):  # reserved by ElementTree
             ET.register_namespace(prefix, uri)
-    root = ET.fromstring(text)  # noqa: S314  # from libvirt, which wrote it itself
-    for disk in root.iterfind(".//devices/disk[@type='volume']"):
-        target, source = disk.find("target"), disk.find("source")
-        path = files.get(target.get("dev", "")) if target is not None else None
-        if path and source is not None:
-            disk.set("type", "file")
-            for attribute in ("pool", "volume", "mode", "index"):
-                source.attrib.pop(attribute, None)
-            source.set("file", path)
-    return ET.tostring(root, encoding="unicode")
+    return ET.fromstring(text)  # noqa: S314  # from libvirt, which wrote it itself
+
+
+def _target(disk: ET.Element) -> str:
+    target = disk.find("target")
+    return target.get("dev", "") if target is not None else ""
+
+
+def put_file(disk: ET.Element, path: str) -> None:
+    """Make the disk one of this file, instead of whatever it was of."""
+    disk.set("type", "file")
+    for layer in disk.findall("backingStore"):
+        disk.remove(layer)
+    source = disk.find("source")
+    if source is None:
+        source = ET.SubElement(disk, "source")
+    for attribute in ("pool", "volume", "mode", "index", "dev", "protocol", "name"):
+        source.attrib.pop(attribute, None)
+    source.set("file", path)
 
 
 def format_request(request: TakeRequest) -> str:

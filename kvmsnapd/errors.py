@@ -5,6 +5,10 @@
     ├── ConfigError                  one or more problems in the configuration, each with its place
     ├── DomainLockedError            another process works on this domain
     ├── StorageBusyError             others work on this storage
+    ├── RestoreRefusedError          a domain cannot go back to a snapshot, and why
+    ├── CopyRefusedError             a snapshot cannot be copied, and why
+    ├── DrillRefusedError            a snapshot cannot be tried, and why
+    ├── DrillFailedError             it was tried, and its copy did not come up
     └── HypervisorError              libvirt refused; ``operation``, ``domain`` and libvirt's ``code`` say what
         ├── HypervisorUnreachableError   no connection; what a call in flight did is unknown
         ├── DomainNotFoundError
@@ -105,6 +109,31 @@ class DomainLockedError(KvmsnapdError):
 
 class StorageBusyError(KvmsnapdError):
     """As many takes or merges as one storage bears go on, and did not end within the time to wait."""
+
+
+class RestoreRefusedError(KvmsnapdError):
+    """A domain cannot go back to a snapshot as it was asked; the text says why, and in what state things are."""
+
+
+class CopyRefusedError(KvmsnapdError):
+    """A snapshot cannot be copied as it was asked; the text says why, and that nothing is left of it."""
+
+
+class DrillRefusedError(KvmsnapdError):
+    """A snapshot cannot be tried; the text says why, and what to do. It says nothing of the snapshot."""
+
+
+class DrillFailedError(KvmsnapdError):
+    """A snapshot was tried, and its copy did not come up.
+
+    Args:
+        reason: the bounded word: ``start`` libvirt or QEMU could not begin, ``ended`` the copy ended by itself,
+            ``deadline`` it did not show in time that it is up.
+    """
+
+    def __init__(self, message: str, *, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class HypervisorError(KvmsnapdError):

@@ -146,6 +146,33 @@ class HookFinished(RunEvent):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DrillFinished(RunEvent):
+    """A copy of a snapshot was booted, and came up or did not; ``reason`` is a bounded word, ``detail`` a sentence."""
+
+    NAME: ClassVar[str] = "drill.finished"
+    snapshot: str
+    ok: bool
+    reason: str
+    detail: str
+    duration_seconds: float
+
+    @property
+    def severity(self) -> Severity:
+        """A snapshot that does not boot is no way back."""
+        return Severity.INFO if self.ok else Severity.ERROR
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DrillSkipped(RunEvent):
+    """A drill that was due could not be made, which says nothing of the snapshot; it is tried again in an hour."""
+
+    NAME: ClassVar[str] = "drill.skipped"
+    SEVERITY: ClassVar[Severity] = Severity.WARNING
+    snapshot: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SnapshotFailed(RunEvent):
     """A snapshot that was due was not taken; ``reason`` is a bounded word, ``error`` the whole sentence."""
 

@@ -25,26 +25,30 @@ from kvmsnapd.events import (
 from kvmsnapd.fleet import examine
 from kvmsnapd.gates import HostGate, StorageGates
 from kvmsnapd.hooks import run_hook
+from kvmsnapd.links import drop_gone_links
 from kvmsnapd.model import Consistency
-from kvmsnapd.plan import due_for, plan_run
+from kvmsnapd.plan import Order, due_for, plan_run
 from kvmsnapd.prune import Blocked
 from kvmsnapd.pruner import Pruner
 from kvmsnapd.summary import sum_up
 from kvmsnapd.take import Taker
 from kvmsnapd.thaw import Thawer
+from kvmsnapd.watching import unwatched
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from contextlib import AbstractContextManager
     from datetime import datetime
 
     from kvmsnapd.events import Event, Publish
     from kvmsnapd.fleet import Pair
     from kvmsnapd.hypervisor import Hypervisor
-    from kvmsnapd.model import Domain, TakeRequest
+    from kvmsnapd.model import Domain, Hold, PairName, TakeRequest
     from kvmsnapd.plan import Confirm, Plan
     from kvmsnapd.policy import Hook
     from kvmsnapd.refusal import Refusal
     from kvmsnapd.state_files import DomainLocks, FreezeIntents
+    from kvmsnapd.watching import Watch
 
 LOCK_WAIT = timedelta(seconds=30)
 """How long a run waits for a person's command on the same domain before it is skipped and tried again later."""
@@ -90,6 +94,9 @@ class Executor:
     Args:
         clock: returns the present instant, timezone-aware.
         stopwatch: returns monotonic seconds, for durations.
+        lock_wait: how long another holder of a domain's lock is waited for; None is without end.
+        on_wait: is told which domain is waited for, and who has it.
+        watch: is told of calls that may take long.
     """
 
     hypervisor: Hypervisor
@@ -102,6 +109,11 @@ class Executor:
     gates: StorageGates = field(default_factory=lambda: StorageGates(takes=4, heavy=1))
     current: Callable[[Pair], Pair | None] = field(default=lambda pair: pair)
     """Returns the pair as it is now configured, None if the pair is gone or nothing more is to be begun."""
+    wanted: Callable[[], bool] = field(default=lambda: True)
+    """Tells whether anything more is to be begun, or waited for."""
+    lock_wait: timedelta | None = LOCK_WAIT
+    on_wait: Callable[[str, str], None] = field(default=lambda _domain, _holder: None)
+    watch: Watch = unwatched
     # Per pair, why it is in quarantine, so that it is told once.
     _quarantine: dict[str, str] = field(default_factory=dict)
     # Per pair whose run goes on, what it has published.
@@ -109,8 +121,17 @@ class Executor:
 
     def __post_init__(self) -> None:
         self.thawer = Thawer(self.hypervisor, self.locks, self.intents, self.publish)
-        self._taker = Taker(self.hypervisor, self.intents, self.thawer, self._say, self.stopwatch)
-        self._pruner = Pruner(self.hypervisor, self.gates, self.current, self._say, self.clock, self.stopwatch)
+        self._taker = Taker(self.hypervisor, self.intents, self.thawer, self._say, self.stopwatch, self.watch)
+        self.pruner = Pruner(
+            self.hypervisor,
+            self.gates,
+            self.current,
+            self._say,
+            self.clock,
+            self.stopwatch,
+            self.watch,
+            self.locks.changing,
+        )
 
     def _say(self, event: Event) -> None:
         """Publish an event, and keep it for the line that sums its run up."""
@@ -124,6 +145,32 @@ class Executor:
         Nothing is assumed from before: policy, domain, snapshots and the slot that is due are read again under the
         lock. What goes wrong becomes events and an outcome; nothing is raised.
         """
+        return self._reported(pair, f"the daemon's run of {pair.name.policy}", self._run_locked)
+
+    def take(self, pair: Pair, *, hold: Hold | None = None) -> Outcome:
+        """Take a snapshot now, because a person wants it; as :meth:`run`, and nothing is deleted but for room.
+
+        Its slot is the second in which the lock was had. A shut-off domain that has not changed gets no other snapshot
+        of the same state: the outcome is ``unchanged``, with the one that holds it.
+        """
+
+        def take_now(pair: Pair) -> Outcome:
+            return self._run_locked(pair, Order(self.clock().replace(microsecond=0), hold))
+
+        return self._reported(pair, f"take of {pair.name.policy}", take_now)
+
+    def locked(self, name: PairName, doing: str) -> AbstractContextManager[None]:
+        """Hold a domain's lock, in these words for others; DomainLockedError if it is not to be had."""
+        return self.locks.hold(
+            name.domain_uuid,
+            wait=self.lock_wait,
+            doing=doing,
+            on_wait=partial(self.on_wait, name.domain),
+            wanted=self.wanted,
+        )
+
+    def _reported(self, pair: Pair, doing: str, work: Callable[[Pair], Outcome]) -> Outcome:
+        """Do one pair's work under the domain's lock, and sum it up; whatever goes wrong becomes events."""
         started, started_at = self.stopwatch(), self.clock()
         self._said[pair.name.key] = []
         self.publish(RunStarted(pair=pair.name, started_at=started_at))
@@ -131,9 +178,9 @@ class Executor:
         try:
             with (
                 self.host_gate.hold(on_stuck=partial(self.publish, stuck)),
-                self.locks.hold(pair.name.domain_uuid, wait=LOCK_WAIT),
+                self.locked(pair.name, doing),
             ):
-                outcome = self._run_locked(pair)
+                outcome = work(pair)
         except DomainLockedError as error:
             outcome = self._skip(pair, "locked", str(error))
         except StorageBusyError as error:
@@ -157,7 +204,7 @@ class Executor:
         self.publish(sum_up(ended, self._said.pop(pair.name.key, ())))
         return outcome
 
-    def _run_locked(self, pair: Pair) -> Outcome:
+    def _run_locked(self, pair: Pair, order: Order | None = None) -> Outcome:
         uuid = pair.name.domain_uuid
         in_force = self.current(pair)
         if in_force is None:
@@ -165,25 +212,28 @@ class Executor:
         pair = in_force
         if self.intents.exists(uuid):
             self.thawer.thaw(uuid)
-        domain, plan = self._plan(pair)
+        domain, plan = self._plan(pair, order)
         made_room, no_room = 0, list[Blocked]()
         if plan.room and not self.intents.exists(uuid):
-            made_room, no_room = self._pruner.delete(pair, plan.room)
-            domain, plan = self._plan(pair)
+            made_room, no_room = self.pruner.delete(pair, plan.room, upcoming=order.slot if order else None)
+            domain, plan = self._plan(pair, order)
         if plan.take:
-            outcome, plan = self._take(pair, domain, plan, plan.take)
+            outcome, plan = self._take(pair, domain, plan, plan.take, order)
         else:
             outcome = self._without_take(pair, plan)
+        if order:
+            self.pruner.report(pair, no_room)
+            return replace(outcome, deleted=made_room)
         deleted = blocked = 0
         if outcome.result in {Result.TAKEN, Result.UNCHANGED}:
-            deleted, blocked = self._pruner.prune(pair, plan.deletes, plan.blocked)
+            deleted, blocked = self.pruner.prune(pair, plan.deletes, plan.blocked)
             now = self.current(pair)
             # What waits because the policy was changed is nothing that the new one owes.
             if blocked > len(plan.blocked) and now and now.policy == pair.policy:
                 self._note_debt(pair, outcome.snapshot, blocked - len(plan.blocked))
         elif plan.refusal:
             known = {wait.snapshot for wait in plan.blocked}
-            self._pruner.report(pair, [*plan.blocked, *(wait for wait in no_room if wait.snapshot not in known)])
+            self.pruner.report(pair, [*plan.blocked, *(wait for wait in no_room if wait.snapshot not in known)])
         if outcome.result is Result.TAKEN or made_room or deleted:
             self._look_again(pair)
         return replace(outcome, deleted=made_room + deleted, blocked=blocked)
@@ -204,7 +254,9 @@ class Executor:
                 mark = replace(newest.mark, owed=newest.mark.owed + more)
                 self.hypervisor.describe_snapshot(pair.name.domain_uuid, newest.name, mark)
 
-    def _take(self, pair: Pair, domain: Domain, plan: Plan, request: TakeRequest) -> tuple[Outcome, Plan]:
+    def _take(
+        self, pair: Pair, domain: Domain, plan: Plan, request: TakeRequest, order: Order | None
+    ) -> tuple[Outcome, Plan]:
         """Wait for the storage, then take between the hooks; return how it went and the plan in the end."""
         ram = request.mark.consistency is Consistency.MEMORY
         with self.gates.hold(data_folders(domain, pair.policy), heavy=ram) as waited:
@@ -213,12 +265,12 @@ class Executor:
                 if now is None:
                     return Outcome(Result.NOTHING_DUE), plan
                 pair = now
-                _, plan = self._plan(pair)
+                _, plan = self._plan(pair, order)
             if plan.take is None:
                 return self._without_take(pair, plan), plan
-            return self._between_hooks(pair, plan, plan.take)
+            return self._between_hooks(pair, plan, plan.take, order)
 
-    def _between_hooks(self, pair: Pair, plan: Plan, request: TakeRequest) -> tuple[Outcome, Plan]:
+    def _between_hooks(self, pair: Pair, plan: Plan, request: TakeRequest, order: Order | None) -> tuple[Outcome, Plan]:
         hooks, before = pair.policy.hooks, pair
         try:
             if hooks.before and not self._run_hook(pair, request, "before", "due") and hooks.before.required:
@@ -226,7 +278,7 @@ class Executor:
             else:
                 now: Pair | None = pair
                 if hooks.before and (now := self.current(pair)):
-                    _, plan = self._plan(now)  # time has passed, and a hook may well shut a guest off
+                    _, plan = self._plan(now, order)  # time has passed, and a hook may well shut a guest off
                     request = plan.take or request
                 pair = now or pair
                 if now is None:
@@ -249,14 +301,14 @@ class Executor:
             return self._refuse(pair, plan.refusal, plan.due.slot)
         return self._confirm(pair, plan.unchanged) if plan.unchanged else Outcome(Result.NOTHING_DUE)
 
-    def _plan(self, pair: Pair) -> tuple[Domain, Plan]:
+    def _plan(self, pair: Pair, order: Order | None = None) -> tuple[Domain, Plan]:
         """Read the domain and what is below it, and plan its run."""
-        domain = self.hypervisor.domain(pair.name.domain_uuid)
+        domain = drop_gone_links(self.hypervisor, self.hypervisor.domain(pair.name.domain_uuid))
         if self.intents.exists(domain.uuid):
             # It may be frozen and its agent does not answer: to ask it for another freeze would only take time.
             domain = replace(domain, agent_connected=False)
         now, capabilities = self.clock(), self.hypervisor.capabilities()
-        slot = due_for(domain, pair.policy, now).slot
+        slot = order.slot if order else due_for(domain, pair.policy, now).slot
         storage = self.hypervisor.storage(domain, data_folders(domain, pair.policy)) if slot else None
         if storage:
             self._say(examine(pair, domain, storage, capabilities))
@@ -266,9 +318,10 @@ class Executor:
             capabilities,
             now=now,
             attempt=self._taker.next_attempt(pair, slot),
-            unwilling=self._pruner.unwilling(pair),
+            unwilling=self.pruner.unwilling(pair),
             storage=storage,
             policies=pair.policies,
+            order=order,
         )
         return domain, plan
 

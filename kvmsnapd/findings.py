@@ -9,7 +9,7 @@ import json
 import logging
 import re
 import threading
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from kvmsnapd.tally import DomainTally, Failures, PairTally, Tally
@@ -59,6 +59,19 @@ class FindingsNote:
                 self._trouble = str(error)
             else:
                 self._written, self._trouble = note, ""
+
+
+def read_findings(directory: Path) -> tuple[Tally, datetime] | None:
+    """Return what the daemon has noted, and when it last noted something else; None if that cannot be read.
+
+    For other processes: it warns of nothing and writes nothing.
+    """
+    path = directory / _NAME
+    try:
+        changed_at = datetime.fromtimestamp(int(path.stat().st_mtime), UTC)
+        return _tally_of(json.loads(path.read_bytes())), changed_at
+    except Exception:  # noqa: BLE001  # whatever is in it, libvirt tells the rest
+        return None
 
 
 def _note_of(tally: Tally) -> dict[str, Any]:

@@ -71,7 +71,7 @@ class Pair:
     @property
     def below_consistency(self) -> bool:
         """Whether the newest good snapshot is worse than the policy asks, or prefers."""
-        return self.consistency in _WORSE.get(self.policy.consistency, ())
+        return self.consistency is not None and is_below(self.consistency, self.policy)
 
     def age(self, now: datetime) -> timedelta | None:
         """Return how old the newest good snapshot is, or None before the first."""
@@ -112,6 +112,11 @@ class Fleet:
     def unprotected(self) -> list[Assignment]:
         """Return the domains that have no policy without somebody having said so."""
         return [a for a in self.assignments if a.coverage in {Coverage.UNMATCHED, Coverage.AMBIGUOUS}]
+
+
+def is_below(consistency: Consistency, policy: Policy) -> bool:
+    """Tell whether a snapshot of this consistency is worse than the policy asks, or prefers."""
+    return consistency in _WORSE.get(policy.consistency, ())
 
 
 def plan_next(pair: Pair, domain: Domain, capabilities: Capabilities, storage: Storage, *, now: datetime) -> Plan:

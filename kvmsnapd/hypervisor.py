@@ -10,9 +10,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping
+    from collections.abc import Callable, Collection, Iterable, Mapping
 
-    from kvmsnapd.model import Capabilities, Domain, Inventory, Layer, Mark, Snapshot, Storage, TakeRequest
+    from kvmsnapd.model import (
+        Capabilities,
+        Domain,
+        DrillRequest,
+        Inventory,
+        Layer,
+        Mark,
+        Snapshot,
+        Storage,
+        TakeRequest,
+    )
 
 
 class Hypervisor(Protocol):
@@ -111,6 +121,106 @@ class Hypervisor(Protocol):
         Raises:
             DomainBusyError, HypervisorUnreachableError, HypervisorError: as above.
         """
+
+    def progress(self, domain_uuid: str) -> tuple[int, int] | None:
+        """Return how many bytes of how many the merge or save that goes on in a domain has done; None if unknown.
+
+        To be asked from another thread than the one whose call it is about; it does not disturb that call. Of some
+        work nothing is known: an internal snapshot with RAM, and the start of the QEMU that merges for a shut-off
+        domain, for as long as which it may not even answer.
+
+        Raises:
+            HypervisorUnreachableError: as above.
+        """
+
+    def copy_file(self, source: str, destination: str) -> None:
+        """Make a stand-alone qcow2 file of all that is in an image file and the layers below it.
+
+        Nobody may write to any of them meanwhile: they are frozen layers, or the domain is shut off.
+
+        Raises:
+            SnapshotExistsError: there is a file of this name; nothing was changed.
+            StorageFullError: no space; nothing is left.
+            HypervisorUnreachableError: the connection broke; libvirt may go on copying, or leave part of a file.
+            HypervisorError: any other refusal.
+        """
+
+    def remove_file(self, path: str) -> None:
+        """Delete one file that nobody uses, which the caller knows. Deleting one that is gone is success."""
+
+    def define_copy(
+        self, domain_uuid: str, snapshot: str, *, name: str, uuid: str, disks: Mapping[str, str], network: bool
+    ) -> tuple[str, ...]:
+        """Define a second domain, which does not run, as the snapshot's was, on these qcow2 files by disk target.
+
+        Returns:
+            In words, what is not in it.
+
+        Raises:
+            SnapshotNotFoundError: the snapshot is gone.
+            HypervisorError: the name or the UUID is another domain's, or any other refusal; nothing was changed.
+        """
+
+    def create_overlays(self, domain_uuid: str, snapshot: str, files: Mapping[str, str]) -> None:
+        """Make empty qcow2 files, by disk target, on what a snapshot froze.
+
+        Raises:
+            SnapshotExistsError: there is a file of this name.
+            StorageFullError, HypervisorUnreachableError, HypervisorError: as above.
+        """
+
+    def run_drill(self, request: DrillRequest, *, wanted: Callable[[], bool]) -> None:
+        """Boot a throw-away domain, return once it shows that it is up, and end it in any case.
+
+        It dies with this process. Nothing of it is left but its overlays.
+
+        Args:
+            wanted: asked again and again; once it says no the drill is given up.
+
+        Raises:
+            DrillRefusedError: the host has not the memory, or nothing could show that it is up, or it was given up.
+            DrillFailedError: it did not come up.
+            HypervisorUnreachableError: as above.
+        """
+
+    def shut_down(self, domain_uuid: str) -> None:
+        """Ask a running guest to shut down; returns at once, whatever the guest does."""
+
+    def power_off(self, domain_uuid: str) -> None:
+        """Pull the plug of a domain. Doing that to one that is off is success."""
+
+    def start(self, domain_uuid: str, *, memory_file: str | None = None) -> None:
+        """Start a domain that is off; with the RAM of a snapshot, on whose data its disks must stand."""
+
+    def revert_snapshot(self, domain_uuid: str, name: str) -> None:
+        """Go back to an internal snapshot; afterwards the guest runs, or is off, as it was then.
+
+        Raises:
+            SnapshotNotFoundError: it is gone.
+            DomainBusyError, HypervisorUnreachableError, HypervisorError: as above.
+        """
+
+    def record_standalone(self, request: TakeRequest) -> None:
+        """Make a snapshot of files that exist: the request's ``overlays``, each stand-alone. Nothing else is changed.
+
+        Raises:
+            SnapshotExistsError: the name is taken.
+        """
+
+    def go_on_from(self, domain_uuid: str, name: str, overlays: Mapping[str, str]) -> None:
+        """Put a domain that is off on new, empty overlays on the files that an external snapshot froze.
+
+        The snapshot becomes the current one, with these overlays. Done again it changes nothing.
+
+        Args:
+            overlays: by disk target; a file of that name which the domain does not use is replaced.
+
+        Raises:
+            DomainBusyError: the domain is not off; nothing was changed.
+        """
+
+    def forget_snapshot(self, domain_uuid: str, name: str) -> None:
+        """Take an external snapshot out of libvirt's records; its files stay. One that is gone is success."""
 
     def thaw(self, domain_uuid: str) -> None:
         """Thaw the file systems of a running guest; does nothing if they are not frozen.

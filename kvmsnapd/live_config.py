@@ -139,17 +139,34 @@ class LiveConfig:
             logging.getLogger(__name__).warning("other processes cannot be told what is in force: %s", error)
 
 
-def read_note(path: Path, runtime_directory: Path) -> dict[str, Any] | None:
-    """Return what a running daemon has noted of this configuration file, None if there is none or we may not look."""
+def read_note(path: Path | None, runtime_directory: Path) -> dict[str, Any] | None:
+    """Return what a running daemon has noted of this configuration file, None if there is none or we may not look.
+
+    Args:
+        path: the file that it must go by; None for any.
+        runtime_directory: the daemon's.
+    """
     try:
         note: dict[str, Any] = json.loads((runtime_directory / _NOTE).read_text())
         with (runtime_directory / _LOCK).open() as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
             return None  # nobody holds it: the daemon is dead
     except BlockingIOError:
-        return note if isinstance(note, dict) and note.get("path") == os.path.realpath(path) else None
+        ours = isinstance(note, dict) and (path is None or note.get("path") == os.path.realpath(path))
+        return note if ours else None
     except (OSError, ValueError):
         return None
+
+
+def may_look(runtime_directory: Path) -> bool:
+    """Tell whether we may see if a daemon runs: its files are its own."""
+    try:
+        (runtime_directory / _LOCK).open().close()
+    except PermissionError:
+        return False
+    except OSError:
+        return True  # there is none
+    return os.access(runtime_directory / _NOTE, os.R_OK)
 
 
 def contents_of(note: dict[str, Any]) -> Contents:

@@ -17,6 +17,7 @@ from re import _parser  # type: ignore[attr-defined]
 from typing import TYPE_CHECKING, Any
 
 from kvmsnapd.errors import InvalidValueError, shown
+from kvmsnapd.naming import DRILL_NAME
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -66,6 +67,9 @@ def assign(selectors: Mapping[str, tuple[Policy, ...]], domains: Iterable[Invent
 
 
 def _assign_one(selectors: Mapping[str, tuple[Policy, ...]], patterns: list[str], domain: Inventory) -> Assignment:
+    if domain.name.startswith(DRILL_NAME):  # ours, and gone in a moment
+        return Assignment(domain.uuid, domain.name, Coverage.UNPROTECTED_ON_PURPOSE, patterns=(DRILL_NAME,))
+
     def assigned(coverage: Coverage, *deciding: str) -> Assignment:
         policies = selectors[deciding[0]] if coverage is Coverage.PROTECTED else ()
         return Assignment(domain.uuid, domain.name, coverage, policies, deciding)

@@ -81,6 +81,31 @@ class Deleting:
 
 
 @dataclass(frozen=True, slots=True)
+class Restoring:
+    """A restore in place to this snapshot has begun and is not finished; to begin it again finishes it.
+
+    ``leaves`` are the files that are of no use once it is finished, ``ran`` is whether the guest ran before.
+    """
+
+    begun_at: datetime
+    leaves: tuple[str, ...] = ()
+    ran: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Drill:
+    """The policy's last restore drill on the domain: when it ended, and what was wrong, None if the copy came up.
+
+    Written into the snapshot that was tried, and carried on by each one that is taken after it, so that it outlives
+    that one. ``verified_at`` is when a copy last came up.
+    """
+
+    ended_at: datetime
+    failure: str | None = None
+    verified_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Mark:
     """What kvmsnapd writes about a snapshot of its own, in its name and its description.
 
@@ -101,6 +126,12 @@ class Mark:
     deleting: Deleting | None = None
     owed: int = 0
     """How many released snapshots were to be deleted when it was taken; the fuse does not count them again."""
+    standalone: bool = False
+    """Whether its data is in files of its own, outside of the domain's backing chain: a state that a restore kept."""
+    linked: tuple[str, ...] = ()
+    """The UUIDs of the domains whose disks stand on its data; while there are any it is no one's to delete."""
+    restoring: Restoring | None = None
+    drill: Drill | None = None
 
     @property
     def slots(self) -> tuple[datetime, ...]:
@@ -115,6 +146,10 @@ class Mark:
 
     def held(self, now: datetime) -> str | None:
         """Return the reason of a hold that is in force, None without one."""
+        if self.linked:
+            return f"{len(self.linked)} linked copy(s) of it"
+        if self.restoring:
+            return "being restored"
         if self.hold and (self.hold.until is None or self.hold.until > now):
             return self.hold.reason
         return None
@@ -291,3 +326,20 @@ class TakeRequest:
     def quiesce(self) -> bool:
         """Whether the guest agent must freeze the file systems around the snapshot."""
         return self.mark.consistency is Consistency.FILESYSTEM
+
+
+@dataclass(frozen=True, slots=True)
+class DrillRequest:
+    """A throw-away domain to boot from a snapshot's XML, on overlays by disk target, and how it shows that it is up.
+
+    ``console`` is a text on its serial console; without it the guest agent has to answer.
+    """
+
+    domain_uuid: str
+    snapshot: str
+    name: str
+    uuid: str
+    disks: Mapping[str, str]
+    deadline_seconds: float
+    console: str | None = None
+    memory_bytes: int | None = None

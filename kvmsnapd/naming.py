@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import re
 from datetime import UTC, datetime
+from typing import Any
 
 from kvmsnapd.errors import InvalidValueError, shown
-from kvmsnapd.model import Consistency, Deleting, Hold, Kind, Mark, Unchanged
+from kvmsnapd.model import Consistency, Deleting, Drill, Hold, Kind, Mark, Restoring, Unchanged
 
 FORMAT_VERSION = 1
 MOST_ATTEMPTS = 99
@@ -22,6 +23,9 @@ POLICY_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,31}$"
 libvirt 10.9 and later build a QEMU job id from the snapshot's name and refuse anything outside ``[A-Za-z0-9._-]``
 (measured with 11.3: "Invalid job ID"), so names with ``:`` or spaces are out.
 """
+
+DRILL_NAME = "kvmsnapd-drill-"
+"""What the names of throw-away domains, and of their files, begin with."""
 
 NAME_PATTERN = (
     r"kvmsnapd-(?P<policy>[A-Za-z0-9][A-Za-z0-9._-]{0,31})-(?P<slot>[0-9]{8}T[0-9]{6}Z)"
@@ -95,6 +99,17 @@ def format_description(mark: Mark) -> str:
         fields["owed"] = mark.owed
     if mark.hold:
         fields["hold"] = {"reason": mark.hold.reason} | ({"until": _time(mark.hold.until)} if mark.hold.until else {})
+    if mark.standalone:
+        fields["standalone"] = True
+    if mark.linked:
+        fields["linked"] = list(mark.linked)
+    if mark.restoring:
+        begun = mark.restoring
+        fields["restoring"] = {"begun": _time(begun.begun_at), "leaves": list(begun.leaves), "ran": begun.ran}
+    if mark.drill:
+        failure = {"failure": mark.drill.failure} if mark.drill.failure is not None else {}
+        verified = {"verified": _time(mark.drill.verified_at)} if mark.drill.verified_at else {}
+        fields["drill"] = {"ended": _time(mark.drill.ended_at)} | failure | verified
     return json.dumps(fields)
 
 
@@ -114,6 +129,7 @@ def parse_mark(name: str, description: str) -> Mark | None:
         if datetime.fromisoformat(fields["scheduled"]) != scheduled_at:
             return None
         hold, unchanged, deleting = (fields.get(key) for key in ("hold", "unchanged", "deleting"))
+        restoring, drill = fields.get("restoring"), fields.get("drill")
         return Mark(
             policy=policy,
             scheduled_at=scheduled_at,
@@ -126,9 +142,22 @@ def parse_mark(name: str, description: str) -> Mark | None:
             deleting=Deleting(_aware(deleting["begun"]), deleting.get("failed_in")) if deleting else None,
             owed=int(fields.get("owed", 0)),
             unchanged=Unchanged(_aware(unchanged["scheduled"]), _aware(unchanged["seen"])) if unchanged else None,
+            standalone=bool(fields.get("standalone", False)),
+            linked=tuple(map(str, fields.get("linked", ()))),
+            restoring=_parse_restoring(restoring) if restoring else None,
+            drill=_parse_drill(drill) if drill else None,
         )
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
+
+
+def _parse_restoring(fields: dict[str, Any]) -> Restoring:
+    return Restoring(_aware(fields["begun"]), tuple(map(str, fields["leaves"])), bool(fields.get("ran", False)))
+
+
+def _parse_drill(fields: dict[str, Any]) -> Drill:
+    verified = fields.get("verified")
+    return Drill(_aware(fields["ended"]), fields.get("failure"), _aware(verified) if verified else None)
 
 
 def _aware(text: str) -> datetime:

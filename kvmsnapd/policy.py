@@ -81,6 +81,19 @@ class Hooks:
 
 
 @dataclass(frozen=True, slots=True)
+class DrillRules:
+    """When a policy's newest snapshot is tried, and what has to happen."""
+
+    deadline: timedelta = timedelta(minutes=5)
+    schedule: Schedule | None = None
+    """None: a person tries it."""
+    max_age: timedelta | None = None
+    """The age of the last drill that did well which means trouble; None without a schedule."""
+    console: str | None = None
+    memory_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Policy:
     """One policy, resolved. Field descriptions for users are in :mod:`kvmsnapd.config.models`."""
 
@@ -101,6 +114,7 @@ class Policy:
     overlay_directory: str | None = None
     disks: DiskSelection = DiskSelection()
     hooks: Hooks = Hooks()
+    drill: DrillRules = DrillRules()
 
     def splay_of(self, domain_uuid: str) -> timedelta:
         """Return how long after each slot this domain's run begins."""

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from datetime import datetime
 
-    from kvmsnapd.model import Capabilities, Domain
+    from kvmsnapd.model import Capabilities, Domain, Inventory, Snapshot
     from kvmsnapd.policy import Policy
 
 _RAM_BYTES_PER_SECOND = 250e6
@@ -93,21 +93,33 @@ def plan_take(
     )
 
 
+def in_chain(snapshot: Snapshot) -> bool:
+    """Tell whether a snapshot has part in the domain's backing chain, and not its data in files of its own."""
+    return snapshot.kind is not Kind.INTERNAL and not (snapshot.mark and snapshot.mark.standalone)
+
+
+def find_restoring(inventory: Inventory) -> str | None:
+    """Return the snapshot to which a restore in place was begun and not finished, None if there is none."""
+    return next((s.name for s in inventory.snapshots if s.mark and s.mark.restoring), None)
+
+
 def chain_depths(domain: Domain) -> dict[str, int]:
     """Return, by disk target, how many overlays its backing chain has, foreign ones included.
 
     A shut-off domain's XML need not list its backing chain, so the external snapshots of the disk count as well.
     """
     covering = Counter(
-        target for snapshot in domain.snapshots for target in {target for target, _ in snapshot.overlays}
+        target
+        for snapshot in domain.snapshots
+        if in_chain(snapshot)
+        for target in {target for target, _ in snapshot.overlays}
     )
     return {disk.target: max(len(disk.backing), covering[disk.target]) for disk in domain.disks if disk.holds_state}
 
 
 def chain_depth(domain: Domain) -> int:
     """Return how many overlays the deepest backing chain of the domain has, at least one for each external snapshot."""
-    external = sum(snapshot.kind is not Kind.INTERNAL for snapshot in domain.snapshots)
-    return max([external, *chain_depths(domain).values()])
+    return max([sum(map(in_chain, domain.snapshots)), *chain_depths(domain).values()])
 
 
 def chain_limit(policy: Policy, capabilities: Capabilities) -> int:
@@ -188,6 +200,13 @@ def _size(count: int) -> str:
 
 def _refuse_domain(domain: Domain, policy: Policy) -> Refusal | None:
     """Refuse for what the domain is doing, whatever kind of snapshot is wanted."""
+    restoring = find_restoring(domain)
+    if restoring:
+        return Refusal(
+            RefusalReason.RESTORING,
+            f"a restore to {restoring} was interrupted, and the disks are neither what they were nor what they are to "
+            f"be; `kvmsnapd restore {domain.name} {restoring}` finishes it",
+        )
     if domain.state is DomainState.UNSETTLED:
         return Refusal(
             RefusalReason.STATE,

@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from kvmsnapd.model import DomainState, Kind
-from kvmsnapd.preflight import chain_depth, chain_limit
+from kvmsnapd.preflight import chain_depth, chain_limit, find_restoring, in_chain
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -41,6 +41,10 @@ class BlockReason(StrEnum):
     UNSUPPORTED = "unsupported"
     CHANGED = "changed"
     """Found just before the delete: the domain is no longer as it was planned for."""
+    LINKED = "linked"
+    """A linked copy stands on files that the delete would change."""
+    RESTORING = "restoring"
+    """A restore of the domain was interrupted."""
     FAILED = "failed"
     """libvirt did not delete it or one before it; tried again after the next take."""
 
@@ -71,6 +75,7 @@ def plan_deletes(
     take_first: bool = False,
     unwilling: str | None = None,
     owed: int = 0,
+    fuse: bool = True,
 ) -> tuple[tuple[Delete, ...], tuple[Blocked, ...]]:
     """Split what the verdicts release into deletes, oldest first, and what has to wait.
 
@@ -81,6 +86,7 @@ def plan_deletes(
         take_first: whether a take comes before the deletes.
         owed: how many were released already when the newest snapshot was taken, and waited for something else.
         unwilling: a snapshot that libvirt failed to delete; it comes last, so that it does not hold up the others.
+        fuse: False if a person has looked at the plan.
     """
     deletes: list[Delete] = []
     blocked: list[Blocked] = []
@@ -92,11 +98,11 @@ def plan_deletes(
             blocked.append(obstacle)
         else:
             deletes.append(delete)
-    if len(deletes) > policy.max_deletes_per_run + owed:
+    if fuse and len(deletes) > policy.max_deletes_per_run + owed:
         owing = f" and the {owed} owed" if owed else ""
         detail = (
             f"{len(deletes)} deletes at once are more than max_deletes_per_run: {policy.max_deletes_per_run}{owing}; "
-            f"look at `kvmsnapd plan {domain.name}` and raise the limit if this is meant"
+            f"look at `kvmsnapd plan {domain.name}`, and if this is meant, `kvmsnapd prune {domain.name}` does it"
         )
         blocked += [Blocked(delete.snapshot, BlockReason.FUSE, detail) for delete in deletes]
         deletes = []
@@ -113,7 +119,8 @@ def plan_room(
     """
     limit = chain_limit(policy, capabilities)
     newest = newest_of(domain, policy, now=now)
-    chosen = [delete for delete in deletes if delete.snapshot != newest][: chain_depth(domain) - limit + 1]
+    shortening = {s.name for s in domain.snapshots if in_chain(s)} - {newest}
+    chosen = [delete for delete in deletes if delete.snapshot in shortening][: chain_depth(domain) - limit + 1]
     shortened = Counter(
         target
         for snapshot in domain.snapshots
@@ -139,15 +146,30 @@ def newest_of(inventory: Inventory, policy: Policy, *, now: datetime) -> str | N
 def find_obstacle(domain: Domain, name: str, capabilities: Capabilities, *, take_first: bool = False) -> Blocked | None:
     """Return what keeps this snapshot from being deleted in the domain as it is now, None if nothing does.
 
-    An internal snapshot is independent of all others. Deleting an external one merges the overlay above it
-    downwards, so the tree around it decides.
+    An internal snapshot is independent of all others, and so is one whose data is in files of its own. Deleting any
+    other merges the overlay above it downwards, so the tree around it decides.
 
     Args:
         take_first: whether another snapshot will be the newest by then.
     """
     snapshot = next((s for s in domain.snapshots if s.name == name), None)
-    if snapshot is None or snapshot.kind is Kind.INTERNAL:
+    if snapshot is None:
         return None
+    restoring = find_restoring(domain)
+    if restoring:
+        detail = f"a restore to {restoring} was interrupted; `kvmsnapd restore {domain.name} {restoring}` finishes it"
+        return Blocked(name, BlockReason.RESTORING, detail)
+    linked = _linked_on(domain, snapshot)
+    if linked:
+        return Blocked(name, BlockReason.LINKED, linked)
+    return _find_in_chain(domain, snapshot, capabilities, take_first=take_first) if in_chain(snapshot) else None
+
+
+def _find_in_chain(
+    domain: Domain, snapshot: Snapshot, capabilities: Capabilities, *, take_first: bool
+) -> Blocked | None:
+    """Return what keeps a snapshot from being merged into the layer below it."""
+    name = snapshot.name
     if not capabilities.delete_external or snapshot.kind is Kind.MIXED:
         detail = f"libvirt {capabilities.version} cannot delete {snapshot.kind} snapshots"
         return Blocked(name, BlockReason.UNSUPPORTED, detail)
@@ -161,7 +183,8 @@ def find_obstacle(domain: Domain, name: str, capabilities: Capabilities, *, take
             f"shut it down and start it again (virsh shutdown, virsh start; a reboot is not enough)"
         )
         return Blocked(name, BlockReason.MERGE_FAILED, detail)
-    children = [s for s in domain.snapshots if s.parent == name]
+    tree = [s for s in domain.snapshots if not (s.mark and s.mark.standalone)]
+    children = [s for s in tree if s.parent == name]
     foreign = [s.name for s in children if s.mark is None]
     if foreign:
         detail = f"deleting it would merge into {foreign[0]!r}, a snapshot that kvmsnapd did not make"
@@ -178,12 +201,33 @@ def find_obstacle(domain: Domain, name: str, capabilities: Capabilities, *, take
                 "taken above it while it was; it goes when the domain runs"
             )
             return Blocked(name, BlockReason.NEEDS_RUNNING, detail)
-        if not take_first and not any(s.parent == children[0].name for s in domain.snapshots):
+        if not take_first and not any(s.parent == children[0].name for s in tree):
             detail = (
                 "its merge would write into the newest snapshot's overlay, and so hide that the domain has not changed "
                 "since; it goes after the next snapshot, or when the domain runs"
             )
             return Blocked(name, BlockReason.NEEDS_RUNNING, detail)
+    return None
+
+
+def _linked_on(domain: Domain, snapshot: Snapshot) -> str | None:
+    """Return which linked copy stands on files that the delete of this snapshot would change, None if none does.
+
+    A copy stands on the file that its snapshot freezes and on all layers below: to merge any of them QEMU wants to
+    write to what the copy, if it runs, has open ("Failed to get "write" lock", measured with libvirt 9.0 and 11.3).
+    """
+    parents = {s.name: s.parent for s in domain.snapshots}
+    for other in domain.snapshots:
+        if other.mark is None or not other.mark.linked:
+            continue
+        line = {other.name}
+        below = parents[other.name]
+        while in_chain(other) and below and below not in line:
+            line.add(below)
+            below = parents.get(below)
+        if snapshot is other or (snapshot.name in line and in_chain(snapshot)):
+            copies = ", ".join(other.mark.linked)
+            return f"the linked copy {copies} stands on {other.name}; it goes once that domain is undefined"
     return None
 
 
@@ -218,7 +262,7 @@ def find_branch(domain: Domain) -> str | None:
     libvirt lets one delete below a branch and then rewrites the backing file of the active branch alone, which breaks
     the other one without a word (measured, libvirt 9.0 and 11.3). So a domain with a branch is left to a person.
     """
-    parents = Counter(s.parent for s in domain.snapshots if s.kind is not Kind.INTERNAL)
+    parents = Counter(s.parent for s in domain.snapshots if in_chain(s))
     for parent, children in parents.items():
         if children > 1:
             place = f"above {parent!r}" if parent else "at the root"
@@ -244,7 +288,7 @@ def check_deleted(before: Domain, after: Domain, name: str) -> str | None:
             return f"snapshot {snapshot.name!r} is gone as well"
         if snapshot.name in left and (parent is None or parent in left) and left[snapshot.name] != parent:
             return f"snapshot {snapshot.name!r} has another parent than before"
-    if gone.kind is Kind.INTERNAL:
+    if not in_chain(gone):
         return None
     own = dict(gone.overlays)
     # A person may have deleted one of theirs at the same time.
@@ -268,7 +312,8 @@ def _foreign_layer(domain: Domain, snapshot: Snapshot) -> str | None:
     """
     known = {path for other in domain.snapshots for _, path in other.overlays}
     own = {path for _, path in snapshot.overlays}
-    newest = not any(other.parent == snapshot.name for other in domain.snapshots)
+    others = (s for s in domain.snapshots if not (s.mark and s.mark.standalone))
+    newest = not any(other.parent == snapshot.name for other in others)
     for disk in domain.disks:
         active = disk.path or ""
         if not disk.backing and newest and own and active not in known and disk.target in dict(snapshot.overlays):

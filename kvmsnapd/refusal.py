@@ -24,6 +24,8 @@ class RefusalReason(StrEnum):
     """Saving the guest's RAM would stop it for longer than the policy allows."""
     AGENT = "agent"
     ATTEMPTS = "attempts"
+    RESTORING = "restoring"
+    """A restore of the domain was interrupted; only a person can finish it."""
 
     @property
     def heals(self) -> bool:
@@ -38,6 +40,7 @@ _QUARANTINE = {
     RefusalReason.DISK,
     RefusalReason.CHAIN_BUDGET,
     RefusalReason.PAUSE,
+    RefusalReason.RESTORING,
 }
 
 

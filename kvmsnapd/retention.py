@@ -31,6 +31,7 @@ _PERIODS: dict[str, Callable[[datetime], Hashable]] = {
     "yearly": lambda t: t.year,
 }
 """Each period rule with the function that names the calendar period of a local time."""
+PERIOD_RULES: Final = tuple(_PERIODS)
 _PERIOD_WORDS = {"hourly": "hour", "daily": "day", "weekly": "week", "monthly": "month", "yearly": "year"}
 
 

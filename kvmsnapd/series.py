@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily
 
 from kvmsnapd import __version__
+from kvmsnapd.drill import drill_of
 from kvmsnapd.fleet import Fleet
 from kvmsnapd.matching import Coverage
 from kvmsnapd.tally import Tally
@@ -133,8 +134,25 @@ def _pair_families(fleet: Fleet, tally: Tally) -> Iterator[Metric]:
         "1 while the newest snapshot is worse than the policy requires, or prefers. Worry at 1.",
         "required",
     )
+    verified = of_pair(
+        "last_verified_timestamp_seconds",
+        "When a copy of a snapshot last came up in a restore drill; absent before. "
+        "Worry when older than kvmsnapd_verify_max_age_seconds.",
+    )
+    failed = of_pair("drill_failed", "1 if the last restore drill failed; absent before the first. Worry at 1.")
+    verify_max_age = of_pair(
+        "verify_max_age_seconds",
+        "Age of the last good restore drill that means trouble; where a policy schedules them.",
+    )
     for pair in fleet.pairs:
         labels = [pair.name.domain, pair.name.policy]
+        drill = drill_of(pair)
+        if drill:
+            failed.add_metric(labels, drill.failure is not None)
+        if drill and drill.verified_at:
+            verified.add_metric(labels, drill.verified_at.timestamp())
+        if pair.policy.drill.max_age:
+            verify_max_age.add_metric(labels, pair.policy.drill.max_age.total_seconds())
         interval.add_metric(labels, pair.policy.schedule.longest_interval.total_seconds())
         max_age.add_metric(labels, pair.policy.max_age.total_seconds())
         next_run.add_metric(labels, pair.due.run_at.timestamp())
@@ -151,6 +169,7 @@ def _pair_families(fleet: Fleet, tally: Tally) -> Iterator[Metric]:
         if attempts:
             last_attempt.add_metric(labels, max(attempts).timestamp())
     yield from (last_success, last_attempt, interval, max_age, next_run, count, oldest, consistency, below)
+    yield from (verified, failed, verify_max_age)
 
 
 def _domain_families(fleet: Fleet) -> Iterator[Metric]:

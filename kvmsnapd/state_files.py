@@ -9,16 +9,18 @@ import fcntl
 import os
 import time
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from kvmsnapd.errors import DomainLockedError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from datetime import timedelta
     from pathlib import Path
 
 _POLL_SECONDS = 0.05
+_TOLD_AFTER_SECONDS = 1.0
+"""A wait that is shorter is not worth a word."""
 
 
 class DomainLocks:
@@ -33,28 +35,75 @@ class DomainLocks:
         self._directory = directory
 
     @contextmanager
-    def hold(self, domain_uuid: str, *, wait: timedelta) -> Iterator[None]:
-        """Hold the domain's lock; raise DomainLockedError if another holder keeps it for longer than ``wait``."""
+    def hold(
+        self,
+        domain_uuid: str,
+        *,
+        wait: timedelta | None,
+        doing: str = "",
+        on_wait: Callable[[str], None] = lambda _holder: None,
+        wanted: Callable[[], bool] = lambda: True,
+    ) -> Iterator[None]:
+        """Hold the domain's lock while the block runs.
+
+        Args:
+            wait: for how long another holder is waited for; None is without end.
+            doing: what it is held for, in words for those who have to wait, such as ``run of standard``.
+            on_wait: is told once who has it, if it is not to be had within a second.
+            wanted: asked again and again while waiting; once it says no there is no more waiting.
+
+        Raises:
+            DomainLockedError: another holder kept it for longer than that.
+        """
         path = self._directory / f"{domain_uuid}.lock"
         # Opened anew each time: a lock of flock(2) belongs to the open file, so threads exclude each other as well.
         with path.open("a+") as file:
-            deadline = time.monotonic() + wait.total_seconds()
+            began, told = time.monotonic(), False
             while not _try_lock(file.fileno()):
-                if time.monotonic() >= deadline:
-                    file.seek(0)
-                    holder = file.read().strip() or "somebody else"
+                waited = time.monotonic() - began
+                if (wait is not None and waited >= wait.total_seconds()) or not wanted():
+                    holder = _holder(file)
                     msg = f"the domain is being worked on by {holder} (this is process {os.getpid()}); nothing was done"
                     raise DomainLockedError(msg)
+                if waited >= _TOLD_AFTER_SECONDS and not told:
+                    told = True
+                    on_wait(_holder(file))
                 time.sleep(_POLL_SECONDS)
             file.truncate(0)
-            file.write(f"process {os.getpid()}\n")
+            file.write(f"process {os.getpid()}{f': {doing}' if doing else ''}\n")
             file.flush()
             yield
 
+    @contextmanager
+    def reading(self, domain_uuid: str, *, wanted: Callable[[], bool] = lambda: True) -> Iterator[None]:
+        """Keep the files that snapshots froze as they are while the block reads them; takes go on.
 
-def _try_lock(descriptor: int) -> bool:
+        Waits for a delete that goes on, as long as ``wanted`` says so; DomainLockedError afterwards.
+        """
+        with (self._directory / f"{domain_uuid}.files").open("a+") as file:
+            while not _try_lock(file.fileno(), fcntl.LOCK_SH):
+                if not wanted():
+                    msg = "a snapshot of the domain is being deleted; nothing was copied"
+                    raise DomainLockedError(msg)
+                time.sleep(_POLL_SECONDS)
+            yield
+
+    @contextmanager
+    def changing(self, domain_uuid: str) -> Iterator[bool]:
+        """Give whether nobody reads what snapshots froze; while the block runs nobody begins to."""
+        with (self._directory / f"{domain_uuid}.files").open("a+") as file:
+            yield _try_lock(file.fileno())
+
+
+def _holder(file: TextIO) -> str:
+    """Return what the holder of a lock wrote about itself."""
+    file.seek(0)
+    return file.read().strip() or "somebody else"
+
+
+def _try_lock(descriptor: int, mode: int = fcntl.LOCK_EX) -> bool:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, mode | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True

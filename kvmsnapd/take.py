@@ -18,6 +18,7 @@ from kvmsnapd.errors import (
 from kvmsnapd.events import GuestFrozen, SnapshotDowngraded, SnapshotFailed, SnapshotTaken
 from kvmsnapd.model import Consistency
 from kvmsnapd.policy import ConsistencyRule
+from kvmsnapd.watching import Work, unwatched
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from kvmsnapd.model import Snapshot, TakeRequest
     from kvmsnapd.state_files import FreezeIntents
     from kvmsnapd.thaw import Thawer
+    from kvmsnapd.watching import Watch
 
 
 @dataclass
@@ -40,6 +42,7 @@ class Taker:
     thawer: Thawer
     publish: Publish
     stopwatch: Callable[[], float]
+    watch: Watch = unwatched
     # Per pair, a slot and how many names of it must not be used again: the outcome of a take stayed unknown, or it met
     # a file left behind by one that was cut off.
     _used_up: dict[str, tuple[datetime, int]] = field(default_factory=dict)
@@ -133,7 +136,8 @@ class Taker:
         # An intent that was there before stays: somebody may have left this guest frozen, and only a thaw ends that.
         guarding = request.quiesce and self.intents.record(request.domain_uuid)
         try:
-            snapshot = self.hypervisor.take_snapshot(request)
+            with self.watch(Work(pair.name, f"taking {request.name}")):
+                snapshot = self.hypervisor.take_snapshot(request)
         except (GuestFrozenError, FreezeRefusedError):
             if guarding:  # nothing was frozen by us
                 self.intents.clear(request.domain_uuid)

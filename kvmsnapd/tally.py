@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, TypeVar
 from kvmsnapd.events import (
     DeleteFailed,
     DomainExamined,
+    DrillFinished,
+    DrillSkipped,
     GuestFrozen,
     GuestUnfrozen,
     PruneBlocked,
@@ -65,6 +67,8 @@ class PairTally:
     skipped: Mapping[str, int] = field(default_factory=dict)
     deleted: int = 0
     delete_failed: Mapping[str, int] = field(default_factory=dict)
+    drills: Mapping[str, int] = field(default_factory=dict)
+    """Restore drills by how they ended."""
     last_attempt_at: datetime | None = None
     failures: Failures | None = None
     blocked: Mapping[str, int] = field(default_factory=dict)
@@ -211,6 +215,10 @@ def _pair_after(pair: PairTally, event: RunEvent) -> PairTally:
 
 def _counted(pair: PairTally, event: RunEvent) -> PairTally:
     match event:
+        case DrillFinished():
+            return replace(pair, drills=_more(pair.drills, event.reason or "ok"))
+        case DrillSkipped():
+            return replace(pair, drills=_more(pair.drills, "skipped"))
         case SnapshotTaken():
             return replace(pair, taken=_more(pair.taken, event.consistency))
         case SnapshotUnchanged():

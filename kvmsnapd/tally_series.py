@@ -93,8 +93,13 @@ def _counter_families(fleet: Fleet, tally: Tally) -> Iterator[Metric]:
     delete_failed = _of_pair_counted(
         "delete_failures", "Released snapshots libvirt did not delete. Worry when it keeps growing.", "reason"
     )
+    drills = _of_pair_counted(
+        "drills", "Restore drills, by how they ended. Worry about all but ok; a skipped one says nothing.", "result"
+    )
     for pair, found in _each(fleet, tally):
         labels = [pair.name.domain, pair.name.policy]
+        for word, times in found.drills.items():
+            drills.add_metric([*labels, word], times)
         unchanged.add_metric(labels, found.unchanged)
         deleted.add_metric(labels, found.deleted)
         # The best that the policy asks for is there from the start, so that its first increase is seen.
@@ -103,7 +108,7 @@ def _counter_families(fleet: Fleet, tally: Tally) -> Iterator[Metric]:
         for family, counts in ((failed, found.failed), (skipped, found.skipped), (delete_failed, found.delete_failed)):
             for word, times in counts.items():
                 family.add_metric([*labels, word], times)
-    yield from (taken, unchanged, failed, skipped, deleted, delete_failed)
+    yield from (taken, unchanged, failed, skipped, deleted, delete_failed, drills)
 
 
 def _domain_families(fleet: Fleet, tally: Tally) -> Iterator[Metric]:

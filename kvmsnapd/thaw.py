@@ -31,7 +31,7 @@ class Thawer:
         """Thaw every domain with a freeze intent; may take as long as agents take to answer, or not to."""
         for uuid in self.intents.outstanding():
             try:
-                with self.locks.hold(uuid, wait=timedelta(0)):
+                with self.locks.hold(uuid, wait=timedelta(0), doing="thaw"):
                     self.thaw(uuid)
             except DomainLockedError:
                 continue  # a take is in flight there, and its own end clears the intent

@@ -30,6 +30,8 @@ def find_unchanged(domain: Domain, policy: Policy, storage: Storage) -> Snapshot
     newest = max(own, key=lambda entry: entry[:2], default=(None, 0, None))[2]
     if newest is None or not newest.offline or newest.kind is not policy.kind:
         return None
+    if newest.mark and newest.mark.standalone:
+        return None  # the state that was left by a restore, and not what the disks are now
     disks = covered(domain, policy)
     if policy.kind is Kind.INTERNAL:
         same = dict(newest.covers) == {disk.target: disk.path for disk in domain.disks if disk.path}

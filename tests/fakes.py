@@ -10,7 +10,9 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from kvmsnapd.errors import (
+    DomainBusyError,
     DomainNotFoundError,
+    DrillRefusedError,
     GuestFrozenError,
     HypervisorError,
     SnapshotExistsError,
@@ -20,9 +22,9 @@ from kvmsnapd.model import Capabilities, Disk, DomainState, Inventory, Kind, Lay
 from kvmsnapd.naming import format_description, parse_mark
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Iterator
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
-    from kvmsnapd.model import Domain, Mark, TakeRequest
+    from kvmsnapd.model import Domain, DrillRequest, Mark, TakeRequest
 
 
 @dataclass
@@ -45,6 +47,12 @@ class FakeHypervisor:
     """When files were last written to; set to ``{}``, :meth:`storage` tells the layers of shut-off domains."""
     closed: dict[str, str | None] = field(default_factory=dict)
     """Folders that cannot be listed, with the pool that would have to be started."""
+    copies: dict[str, str] = field(default_factory=dict)
+    """Stand-alone copies by their path, with what they were made of."""
+    deaf: set[str] = field(default_factory=set)
+    """Domains whose guests do not shut down when they are asked to."""
+    under_way: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """What :meth:`progress` answers, by domain."""
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
     def add(self, domain: Domain) -> Domain:
@@ -186,6 +194,11 @@ class FakeHypervisor:
             gone = next((s for s in domain.snapshots if s.name == name), None)
             if gone is None:
                 return
+            if gone.mark and gone.mark.standalone:
+                self._set_snapshots(domain, tuple(s for s in domain.snapshots if s is not gone))
+                for _, path in gone.covers:
+                    self.copies.pop(path, None)
+                return
             merged = {path: dict(gone.covers).get(target, path) for target, path in gone.overlays}
             left = (s for s in domain.snapshots if s is not gone)
             moved = (replace(s, parent=gone.parent) if s.parent == name else s for s in left)
@@ -198,6 +211,125 @@ class FakeHypervisor:
                     if path in merged:
                         self._write(below, *above)  # the data of one, and the name of the layer below in the other
             self._set_disks(domain, [_without(disk, set(merged)) for disk in domain.disks])
+
+    def copy_file(self, source: str, destination: str) -> None:
+        """See the port."""
+        self._begin("copy_file", source, destination)
+        if destination in self.copies:
+            msg = f"{destination} already exists"
+            raise SnapshotExistsError(msg, operation="file_copy")
+        self.copies[destination] = source
+
+    def remove_file(self, path: str) -> None:
+        """See the port."""
+        self._begin("remove_file", path)
+        self.copies.pop(path, None)
+
+    def create_overlays(self, domain_uuid: str, snapshot: str, files: Mapping[str, str]) -> None:
+        """See the port."""
+        self._begin("create_overlays", domain_uuid, snapshot)
+        frozen = dict(self._snapshot(domain_uuid, snapshot).covers)
+        for target, path in files.items():
+            if path in self.copies:
+                msg = f"{path} already exists"
+                raise SnapshotExistsError(msg, operation="overlay_create")
+            self.copies[path] = frozen[target]
+
+    def define_copy(
+        self, domain_uuid: str, snapshot: str, *, name: str, uuid: str, disks: Mapping[str, str], network: bool
+    ) -> tuple[str, ...]:
+        """See the port."""
+        self._begin("define_copy", domain_uuid, snapshot, name)
+        self._snapshot(domain_uuid, snapshot)
+        original = self.domains[domain_uuid]
+        own = tuple(replace(d, path=disks[d.target], backing=()) for d in original.disks if d.target in disks)
+        self.add(replace(original, uuid=uuid, name=name, snapshots=(), disks=own, state=DomainState.SHUT_OFF))
+        return () if network else ("network interface",)
+
+    def run_drill(self, request: DrillRequest, *, wanted: Callable[[], bool]) -> None:
+        """See the port. The copy comes up at once; what is to go wrong is in ``before``."""
+        self._begin("run_drill", request.domain_uuid, request.snapshot)
+        if not wanted():
+            msg = "given up"
+            raise DrillRefusedError(msg)
+
+    def shut_down(self, domain_uuid: str) -> None:
+        """See the port. The guest does as it is told, at once; one in ``deaf`` does not."""
+        self._begin("shut_down", domain_uuid)
+        if domain_uuid not in self.deaf:
+            self._set_state(domain_uuid, DomainState.SHUT_OFF)
+
+    def power_off(self, domain_uuid: str) -> None:
+        """See the port."""
+        self._begin("power_off", domain_uuid)
+        self._set_state(domain_uuid, DomainState.SHUT_OFF)
+
+    def start(self, domain_uuid: str, *, memory_file: str | None = None) -> None:
+        """See the port."""
+        self._begin("start", domain_uuid, memory_file or "")
+        self._set_state(domain_uuid, DomainState.RUNNING)
+
+    def revert_snapshot(self, domain_uuid: str, name: str) -> None:
+        """See the port."""
+        self._begin("revert_snapshot", domain_uuid, name)
+        snapshot = self._snapshot(domain_uuid, name)
+        self._set_state(domain_uuid, DomainState.SHUT_OFF if snapshot.offline else DomainState.RUNNING)
+
+    def record_standalone(self, request: TakeRequest) -> None:
+        """See the port."""
+        self._begin("record_standalone", request.domain_uuid, request.name)
+        domain = self.domains[request.domain_uuid]
+        files = dict(request.overlays)
+        snapshot = Snapshot(
+            request.name,
+            self.clock().replace(microsecond=0),
+            Kind.EXTERNAL,
+            None,
+            parse_mark(request.name, format_description(request.mark)),
+            offline=True,
+            overlays=tuple((target, f"{path}.next") for target, path in request.overlays),
+            covers=tuple((disk.target, files.get(disk.target, disk.path or "")) for disk in domain.disks),
+        )
+        # Before the others, so that the last one stays the newest of the chain.
+        self._set_snapshots(domain, (snapshot, *domain.snapshots))
+
+    def go_on_from(self, domain_uuid: str, name: str, overlays: Mapping[str, str]) -> None:
+        """See the port."""
+        self._begin("go_on_from", domain_uuid, name)
+        with self._lock:
+            domain, snapshot = self.domains[domain_uuid], self._snapshot(domain_uuid, name)
+            if any(overlays.get(disk.target, disk.path) != disk.path for disk in domain.disks):
+                if domain.state is not DomainState.SHUT_OFF:
+                    msg = f"{domain.name} runs"
+                    raise DomainBusyError(msg, operation="snapshot_go_on", domain=domain.name)
+                frozen = dict(snapshot.covers)
+                below = {disk.target: (disk.path or "", *disk.backing) for disk in domain.disks}
+                moved = []
+                for disk in domain.disks:
+                    if disk.target in overlays:
+                        chain = below[disk.target]
+                        at = frozen[disk.target]
+                        rest = chain[chain.index(at) :] if at in chain else (at,)
+                        moved.append(replace(disk, path=overlays[disk.target], backing=rest))
+                    else:
+                        moved.append(disk)
+                self._set_disks(domain, moved)
+                self._write(*overlays.values())
+            changed = replace(snapshot, overlays=tuple((t, overlays.get(t, path)) for t, path in snapshot.overlays))
+            self._set_snapshots(domain, tuple(changed if s is snapshot else s for s in domain.snapshots))
+
+    def forget_snapshot(self, domain_uuid: str, name: str) -> None:
+        """See the port."""
+        self._begin("forget_snapshot", domain_uuid, name)
+        domain = self.domains[domain_uuid]
+        gone = next((s for s in domain.snapshots if s.name == name), None)
+        if gone:
+            left = (s for s in domain.snapshots if s is not gone)
+            self._set_snapshots(domain, tuple(replace(s, parent=gone.parent) if s.parent == name else s for s in left))
+
+    def progress(self, domain_uuid: str) -> tuple[int, int] | None:
+        """See the port."""
+        return self.under_way.get(domain_uuid)
 
     def thaw(self, domain_uuid: str) -> None:
         """See the port."""
@@ -219,6 +351,18 @@ class FakeHypervisor:
         self.calls.append((operation, *arguments))
         if self.before[operation]:
             self.before[operation].pop(0)()
+
+    def _snapshot(self, domain_uuid: str, name: str) -> Snapshot:
+        domain = self.domain(domain_uuid)
+        for snapshot in domain.snapshots:
+            if snapshot.name == name:
+                return snapshot
+        msg = f"no snapshot {name}"
+        raise SnapshotNotFoundError(msg, operation="snapshot_lookup", domain=domain.name)
+
+    def _set_state(self, domain_uuid: str, state: DomainState) -> None:
+        run_id = None if state is DomainState.SHUT_OFF else 1
+        self.domains[domain_uuid] = replace(self.domains[domain_uuid], state=state, run_id=run_id)
 
     def _set_disks(self, domain: Domain, disks: list[Disk]) -> None:
         self.domains[domain.uuid] = replace(self.domains[domain.uuid], disks=tuple(disks))

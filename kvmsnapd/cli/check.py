@@ -6,7 +6,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from kvmsnapd.cli.inspect import find_domain
+from kvmsnapd.cli.find import find_domain
 from kvmsnapd.config import load_config
 from kvmsnapd.config.schema import render_schema
 from kvmsnapd.config.yaml_document import to_yaml

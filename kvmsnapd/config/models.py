@@ -142,6 +142,24 @@ class HooksSettings(_Section):
     """After one was due, `before` had its turn, and none was taken."""
 
 
+class VerifySettings(_Section):
+    """A restore drill: a throw-away domain on overlays of the newest snapshot, without network, has to come up.
+
+    It takes as much RAM of the host as the domain has, or `memory`, for as long as it boots; one at a time.
+    """
+
+    schedule: ScheduleText | None = Field(default=None, examples=["weekly"])
+    """When it is tried by itself, written as a policy's; without it only `kvmsnapd verify` tries."""
+    deadline: PositiveDuration = Field(default=timedelta(minutes=5), json_schema_extra={"default": "5m"})
+    """How long the copy may take to come up."""
+    console: Annotated[str, Field(min_length=1)] | None = Field(default=None, examples=["login:"])
+    """The text on its serial console that shows that it is up; without it its guest agent has to answer."""
+    memory: Size | None = Field(default=None, examples=["1GiB"])
+    """RAM of the copy, if it is to have less than the domain."""
+    max_age: PositiveDuration | None = Field(default=None, examples=["15d"])
+    """Age of the last drill that did well which means trouble; twice the longest interval of `schedule` if absent."""
+
+
 class PolicyKeys(_Section):
     """What a policy can say. Any of it may also stand under `defaults`, for all policies, or under a domain, for its.
 
@@ -196,6 +214,10 @@ class PolicyKeys(_Section):
         examples=[{"before": {"command": ["/usr/local/sbin/flush-database"], "timeout": "30s", "required": True}}],
     )
     """Programs to run around each take."""
+    verify: Annotated[VerifySettings, OrEmpty()] = Field(
+        default_factory=VerifySettings, examples=[{"schedule": "weekly", "deadline": "5m"}]
+    )
+    """Restore drills: whether there is a way back."""
 
 
 class PolicySettings(PolicyKeys):

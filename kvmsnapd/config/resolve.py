@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from kvmsnapd.config.models import BeforeHookSettings, HookSettings, PolicyKeys, Settings
+from kvmsnapd.config.models import BeforeHookSettings, HookSettings, PolicyKeys, Settings, VerifySettings
 from kvmsnapd.config.problems import Complaint
 from kvmsnapd.config.yaml_document import format_key
 from kvmsnapd.matching import is_uuid
 from kvmsnapd.model import Kind
-from kvmsnapd.policy import ConsistencyRule, DiskSelection, Hook, Hooks, Policy
+from kvmsnapd.policy import ConsistencyRule, DiskSelection, DrillRules, Hook, Hooks, Policy
 from kvmsnapd.schedule import parse_schedule
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ class Resolved:
             overlay_directory=keys.overlay_directory,
             disks=DiskSelection(tuple(keys.disks.include), tuple(keys.disks.exclude)),
             hooks=Hooks(_hook(keys.hooks.before), _hook(keys.hooks.after), _hook(keys.hooks.on_failure)),
+            drill=_drill(keys.verify, zone),
         )
 
 
@@ -186,6 +187,13 @@ def _make(settings: Settings, name: str, selector: str | None, answer: Policies,
         ]
     answer.complaints += complaints
     return None if complaints or missing else resolved.to_policy(name, settings.timezone)
+
+
+def _drill(written: VerifySettings, zone: ZoneInfo) -> DrillRules:
+    schedule = parse_schedule(written.schedule, zone) if written.schedule else None
+    max_age = written.max_age or (2 * schedule.longest_interval if schedule else None)
+    memory = int(written.memory) if written.memory else None
+    return DrillRules(written.deadline, schedule, max_age, written.console, memory)
 
 
 def _hook(written: HookSettings | None) -> Hook | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -46,6 +47,10 @@ _ERRORS: dict[int, type[HypervisorError]] = {
 _EXISTS = {libvirt.VIR_ERR_OPERATION_FAILED, libvirt.VIR_ERR_CONFIG_UNSUPPORTED, libvirt.VIR_ERR_OPERATION_INVALID}
 
 
+# And for a file that the pool knows: "storage volume name 'X' already in use", an internal error.
+_VOLUME_EXISTS = re.compile("storage volume name .* already in use")
+
+
 def broken_connection(error: BaseException) -> bool:
     """Tell whether an error means that libvirt did not answer, so that what was asked may have happened.
 
@@ -72,7 +77,7 @@ def translated_errors(operation: str, *, domain: str | None = None) -> Iterator[
             kind = GuestFrozenError
         elif code == libvirt.VIR_ERR_INTERNAL_ERROR and "QEMU agent command" in str(error):
             kind = GuestAgentRefusedError  # before libvirt 11.2 the agent's own error has no number (measured, 9.0)
-        elif code in _EXISTS and "already exists" in str(error):
+        elif (code in _EXISTS and "already exists" in str(error)) or _VOLUME_EXISTS.search(str(error)):
             kind = SnapshotExistsError
         elif "block commit failed" in str(error):
             kind = MergeFailedError

@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING
 import pytest
 
 from kvmsnapd.demo import write_test_host
-from kvmsnapd.errors import DomainNotFoundError, HypervisorUnreachableError, SnapshotExistsError, SnapshotNotFoundError
+from kvmsnapd.errors import (
+    DomainBusyError,
+    DomainNotFoundError,
+    HypervisorUnreachableError,
+    SnapshotExistsError,
+    SnapshotNotFoundError,
+)
 from kvmsnapd.libvirt_host import LibvirtHost
 from kvmsnapd.model import Capabilities, Consistency, Domain, DomainState, Kind, TakeRequest, Unchanged
 from kvmsnapd.policy import ConsistencyRule
@@ -277,6 +283,84 @@ def test_free_space_is_told_of_folders_and_layers_of_a_shut_off_domain(ground: G
         assert active.backing in seen.layers
 
 
+def test_of_a_domain_at_rest_no_progress_is_told(ground: Ground) -> None:
+    ground.take(0)
+    assert ground.hypervisor.progress(ground.uuid) is None
+    assert ground.hypervisor.progress(NOWHERE) is None
+
+
 def test_an_agent_says_what_it_would_freeze(ground: Ground) -> None:
     if ground.domain.agent_connected:
         assert ground.hypervisor.filesystems(ground.uuid)
+
+
+def test_power_is_switched_off_and_on_and_off_twice_is_no_error(ground: Ground) -> None:
+    for _ in range(2):
+        ground.hypervisor.power_off(ground.uuid)
+        assert ground.domain.state is DomainState.SHUT_OFF
+    ground.hypervisor.start(ground.uuid)
+    assert ground.domain.state is DomainState.RUNNING
+
+
+def test_going_back_to_an_internal_snapshot_brings_its_state_of_power(ground: Ground) -> None:
+    if ground.kind is not Kind.INTERNAL:
+        return
+    name = ground.take(0)
+    ground.hypervisor.power_off(ground.uuid)
+    ground.hypervisor.revert_snapshot(ground.uuid, name)
+    assert ground.domain.state is (DomainState.RUNNING if ground.runs else DomainState.SHUT_OFF)
+    with pytest.raises(SnapshotNotFoundError):
+        ground.hypervisor.revert_snapshot(ground.uuid, "gone")
+
+
+def test_a_domain_goes_on_from_an_older_snapshot_along_one_line(ground: Ground) -> None:
+    if ground.kind is Kind.INTERNAL:
+        return
+    names = [ground.take(number) for number in range(3)]
+    (target,) = (s for s in ground.domain.snapshots if s.name == names[1])
+    overlays = {disk: f"{path}.new" for disk, path in target.overlays}
+    if ground.runs:
+        with pytest.raises(DomainBusyError):
+            ground.hypervisor.go_on_from(ground.uuid, names[1], overlays)
+        ground.hypervisor.power_off(ground.uuid)
+    for _ in range(2):
+        ground.hypervisor.go_on_from(ground.uuid, names[1], overlays)
+        assert {disk.target: disk.path for disk in ground.domain.disks} == overlays
+        (now,) = (s for s in ground.domain.snapshots if s.name == names[1])
+        assert dict(now.overlays) == overlays
+        assert replace(now, overlays=target.overlays) == target
+    for _ in range(2):
+        ground.hypervisor.forget_snapshot(ground.uuid, names[2])
+    assert ground.names == names[:2]
+    ground.hypervisor.start(ground.uuid)
+    assert ground.names[:2] == names[:2]
+    later = ground.take(3)
+    assert ground.names == [*names[:2], later]
+    for name in (names[0], later, names[1]):
+        ground.hypervisor.delete_snapshot(ground.uuid, name)
+    assert ground.names == []
+
+
+def test_a_standalone_snapshot_is_beside_the_chain_and_goes_without_touching_it(ground: Ground) -> None:
+    if ground.kind is Kind.INTERNAL:
+        return
+    ground.hypervisor.power_off(ground.uuid)
+    names = [ground.take(number) for number in range(2)]
+    before = ground.domain
+    active = {disk.target: disk.path or "" for disk in before.disks}
+    request = ground.request(2)
+    request = replace(request, mark=replace(request.mark, standalone=True))
+    for target, path in request.overlays:
+        ground.hypervisor.copy_file(active[target], path)
+    ground.hypervisor.record_standalone(request)
+    (kept,) = (s for s in ground.domain.snapshots if s.name == request.name)
+    assert (kept.mark, kept.parent, kept.kind, kept.offline) == (request.mark, None, Kind.EXTERNAL, True)
+    assert {target: dict(kept.covers)[target] for target in active} == dict(request.overlays)
+    assert replace(ground.domain, snapshots=before.snapshots) == before
+    ground.hypervisor.delete_snapshot(ground.uuid, request.name)
+    assert ground.domain == before
+    assert ground.names == names
+    for target, path in request.overlays:  # they are gone, or the copy would be refused
+        ground.hypervisor.copy_file(active[target], path)
+        ground.hypervisor.remove_file(path)
+        ground.hypervisor.remove_file(path)

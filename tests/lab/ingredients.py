@@ -157,6 +157,10 @@ def _build_initramfs(ingredients: _Ingredients, target: Path) -> None:
             if applet != "busybox":
                 (root / "bin" / applet).symlink_to("busybox")
         shutil.copy(ingredients.agent, root / "bin/qemu-ga")
+        shutdown = root / "sbin/shutdown"  # what the agent runs when libvirt asks the guest to shut down
+        shutdown.parent.mkdir(exist_ok=True)
+        shutdown.write_text("#!/bin/sh\nsync\nexec poweroff -f\n")
+        shutdown.chmod(0o755)
         for library in _libraries(ingredients.agent):
             copy = root / library.relative_to("/")
             copy.parent.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmsnapd.model import Consistency, Deleting, Hold, Kind, Mark, Unchanged
+from kvmsnapd.model import Consistency, Deleting, Drill, Hold, Kind, Mark, Restoring, Unchanged
 from kvmsnapd.naming import POLICY_NAME_PATTERN, format_description, format_name, parse_mark, parse_name
 
 policies = st.from_regex(POLICY_NAME_PATTERN, fullmatch=True).map(lambda name: name.rstrip("\n"))
@@ -27,6 +27,14 @@ marks = st.builds(
     unchanged=st.one_of(st.none(), st.builds(Unchanged, instants, instants)),
     deleting=st.one_of(st.none(), st.builds(Deleting, instants, st.one_of(st.none(), st.integers(0)))),
     owed=st.integers(0, 10_000),
+    standalone=st.booleans(),
+    linked=st.lists(st.text(), max_size=3).map(tuple),
+    restoring=st.one_of(
+        st.none(), st.builds(Restoring, instants, st.lists(st.text(), max_size=3).map(tuple), st.booleans())
+    ),
+    drill=st.one_of(
+        st.none(), st.builds(Drill, instants, st.one_of(st.none(), st.text()), st.one_of(st.none(), instants))
+    ),
 )
 
 
@@ -77,7 +85,7 @@ def test_any_other_description_is_foreign_and_never_an_error(mark: Mark, descrip
 
 
 KEYS = ["kvmsnapd", "policy", "scheduled", "taken", "consistency", "kind", "hold", "excluded", "unchanged"]
-KEYS += ["deleting", "owed"]
+KEYS += ["deleting", "owed", "standalone", "linked", "restoring", "drill"]
 
 
 @given(marks, st.sampled_from(KEYS), json_values)

@@ -7,46 +7,25 @@ import io
 import json
 import subprocess
 import sys
-from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import libvirt
 import pytest
 
 from kvmsnapd.cli import main
-from kvmsnapd.demo import write_test_host
-from kvmsnapd.domain_xml import format_request
-from kvmsnapd.model import Consistency, Hold, Kind, Mark, TakeRequest
-from kvmsnapd.naming import format_name
+from tests.unit.command_line import (
+    CONFIG,
+    HOST_CONFIG,
+    UNREACHABLE,
+    Capture,
+    Write,
+    answer,
+    complaint,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
     from pathlib import Path
-
-    Write = Callable[[str], str]
-    Capture = pytest.CaptureFixture[str]
-
-DEFAULT_HOST = "test:///default"
-DEFAULT_UUID = "6695eb01-f6a4-8304-79aa-97f2502e193f"  # of its one domain, `test`
-UNREACHABLE = "qemu+unix:///system?socket=/nonexistent"
-THIS_YEAR = datetime(datetime.now(UTC).year, 1, 1, tzinfo=UTC)
-LAST_YEAR = datetime(THIS_YEAR.year - 1, 1, 1, tzinfo=UTC)
-
-CONFIG = """\
-policies:
-  standard: {schedule: yearly, keep: {last: 2}, kind: internal, splay: 0s, max_age: 400d}
-domains:
-  test: [standard]
-"""
-HOST_CONFIG = """\
-policies:
-  standard: {schedule: yearly, keep: {last: 2}, kind: internal, splay: 0s}
-domains:
-  db01: [standard]
-  "web-*": [standard]
-  lab: []
-"""
 
 
 @pytest.fixture(autouse=True)
@@ -55,91 +34,12 @@ def _no_faulthandler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(faulthandler, "enable", lambda: None)
 
 
-@pytest.fixture
-def write(tmp_path: Path) -> Write:
-    """Write a configuration file and return its path."""
-
-    def write(text: str) -> str:
-        path = tmp_path / "kvmsnapd.yaml"
-        path.write_text(text, encoding="utf-8")
-        return str(path)
-
-    return write
-
-
-@pytest.fixture
-def host(tmp_path: Path) -> str:
-    """Provide the URI of a host with three domains and without any snapshot."""
-    return write_test_host(tmp_path, {"db01": True, "web-1": True, "lab": False})
-
-
-class SharedHost:
-    """libvirt's default test host, which all connections of this process share while one is open."""
-
-    def __init__(self, connection: Any) -> None:  # noqa: ANN401  # the binding has no types
-        self.domain = connection.lookupByName("test")
-
-    def take(
-        self,
-        slot: datetime,
-        *,
-        policy: str = "standard",
-        taken_at: datetime | None = None,
-        hold: Hold | None = None,
-    ) -> str:
-        """Make a snapshot of ours and return its name."""
-        mark = Mark(policy, slot, taken_at or datetime.now(UTC), Consistency.MEMORY, Kind.INTERNAL, hold=hold)
-        name = format_name(policy, slot)
-        self.domain.snapshotCreateXML(format_request(TakeRequest(DEFAULT_UUID, "test", name, mark)), 0)
-        return name
-
-    def take_by_hand(self, name: str) -> None:
-        self.domain.snapshotCreateXML(f"<domainsnapshot><name>{name}</name></domainsnapshot>", 0)
-
-
-@contextmanager
-def _open_shared_host() -> Iterator[SharedHost]:
-    connection = libvirt.open(DEFAULT_HOST)
-    shared = SharedHost(connection)
-    try:
-        yield shared
-    finally:
-        for snapshot in shared.domain.listAllSnapshots(0):
-            snapshot.delete(0)
-        connection.close()
-
-
-@pytest.fixture
-def shared_host() -> Iterator[SharedHost]:
-    """Provide the default test host, without snapshots."""
-    with _open_shared_host() as shared:
-        yield shared
-
-
 def usage_error(*arguments: str) -> int:
     """Return the exit code with which the arguments themselves are refused."""
     with pytest.raises(SystemExit) as ended:
         main(arguments)
     assert isinstance(ended.value.code, int)
     return ended.value.code
-
-
-def answer(capsys: Capture, *arguments: str, code: int = 0) -> str:
-    """Return what a command prints; it must end with this code and complain of nothing."""
-    assert main(arguments) == code
-    captured = capsys.readouterr()
-    assert captured.err == ""
-    return captured.out
-
-
-def complaint(capsys: Capture, *arguments: str, code: int) -> str:
-    """Return the complaint of a command that prints nothing else."""
-    assert main(arguments) == code
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    first, *rest = captured.err.removesuffix("\n").split("\n")
-    assert [line for line in rest if line[5:8] != " | "] == []  # the line of the file it is about
-    return first
 
 
 # Exit codes
@@ -320,229 +220,6 @@ def test_check_config_as_json(capsys: Capture, write: Write, host: str) -> None:
     assert len(found["findings"]) == 5
 
 
-# status
-
-
-def rows(table: str) -> list[list[str]]:
-    return [line.split() for line in table.splitlines()]
-
-
-def test_status_of_pairs_without_snapshots(capsys: Capture, write: Write, host: str) -> None:
-    text = answer(capsys, "status", "--config", write(HOST_CONFIG), "--connect", host)
-    due = THIS_YEAR.isoformat(timespec="seconds")
-    assert rows(text) == [
-        ["DOMAIN", "POLICY", "STATE", "AGE", "LIMIT", "CONSISTENCY", "SNAPSHOTS", "NEXT", "NEWEST"],
-        ["db01", "standard", "never", "-", "732d", "-", "0", due, "-"],
-        ["web-1", "standard", "never", "-", "732d", "-", "0", due, "-"],
-    ]
-
-
-STATUS_KEYS = [
-    *("domain", "domain_uuid", "policy", "state", "age_seconds", "max_age_seconds"),
-    *("consistency", "snapshots", "next_run_at", "newest"),
-]
-
-
-def status(capsys: Capture, config: str, *domains: str) -> dict[str, Any]:
-    found = json.loads(answer(capsys, "status", *domains, "--json", "--config", config, "--connect", DEFAULT_HOST))
-    assert isinstance(found, dict)
-    return found
-
-
-def test_status_as_json(capsys: Capture, write: Write, shared_host: SharedHost) -> None:
-    name = shared_host.take(THIS_YEAR, taken_at=datetime.now(UTC) - timedelta(hours=5, minutes=30))
-    found = status(capsys, write(CONFIG))
-    assert list(found) == ["pairs", "unprotected", "missing", "unmanaged", "configuration"]
-    (pair,) = found["pairs"]
-    assert list(pair) == STATUS_KEYS
-    assert pair == {
-        "domain": "test",
-        "domain_uuid": DEFAULT_UUID,
-        "policy": "standard",
-        "state": "ok",
-        "age_seconds": pair["age_seconds"],
-        "max_age_seconds": 400 * 86400,
-        "consistency": "memory",
-        "snapshots": 1,
-        "next_run_at": f"{THIS_YEAR.year + 1}-01-01T00:00:00+00:00",
-        "newest": name,
-    }
-    assert 19800 <= pair["age_seconds"] < 19830
-    assert (found["unprotected"], found["unmanaged"]) == ([], {})
-
-
-@pytest.mark.parametrize(
-    ("newest", "state"),
-    [((THIS_YEAR, 1), "ok"), ((LAST_YEAR, 1), "due"), ((THIS_YEAR, 401), "overdue"), ((LAST_YEAR, 401), "overdue")],
-    ids=["done", "not done", "done and old", "not done and old"],
-)
-def test_state_follows_from_slot_and_age(
-    capsys: Capture, write: Write, shared_host: SharedHost, newest: tuple[datetime, int], state: str
-) -> None:
-    slot, days = newest
-    shared_host.take(slot, taken_at=datetime.now(UTC) - timedelta(days=days))
-    assert status(capsys, write(CONFIG))["pairs"][0]["state"] == state
-
-
-def test_status_shows_the_worst_first(capsys: Capture, write: Write, shared_host: SharedHost) -> None:
-    for policy, days in (("aa", 1), ("bb", 401), ("cc", 5)):
-        shared_host.take(THIS_YEAR, policy=policy, taken_at=datetime.now(UTC) - timedelta(days=days))
-    policies = "".join(
-        f"  {name}: {{schedule: yearly, keep: {{last: 1}}, kind: internal, max_age: 400d}}\n"
-        for name in ("aa", "bb", "cc", "dd")
-    )
-    found = status(capsys, write(f"policies:\n{policies}domains:\n  test: [aa, bb, cc, dd]\n"))
-    assert [pair["policy"] for pair in found["pairs"]] == ["dd", "bb", "cc", "aa"]
-
-
-def test_status_names_unprotected_unmanaged_and_missing(capsys: Capture, write: Write, shared_host: SharedHost) -> None:
-    shared_host.take(THIS_YEAR)
-    config = write("policies: {}\ndomains: {gone: []}\n")
-    assert answer(capsys, "status", "--config", config, "--connect", DEFAULT_HOST) == (
-        "(nothing)\n"
-        "test: unprotected: no entry under domains fits it; give it policies, or [] if that is meant\n"
-        "test: 1 snapshot(s) of a policy that no longer applies; nothing prunes them\n"
-        "gone: is configured, and libvirt has no such domain\n"
-    )
-    found = status(capsys, config)
-    assert (found["unprotected"], found["unmanaged"]) == (["test"], {"test": 1})
-
-
-def test_status_as_json_names_missing_domains_too(capsys: Capture, write: Write) -> None:
-    assert status(capsys, write("domains: {gone: []}\n"))["missing"] == ["gone"]
-
-
-def test_a_domain_is_asked_for_by_name_or_uuid(capsys: Capture, write: Write, host: str) -> None:
-    config = write(HOST_CONFIG)
-    by_name = json.loads(answer(capsys, "status", "web-1", "--json", "--config", config, "--connect", host))
-    assert [pair["domain"] for pair in by_name["pairs"]] == ["web-1"]
-    assert status(capsys, write(CONFIG), DEFAULT_UUID)["pairs"][0]["domain"] == "test"
-
-
-def test_several_domains_are_asked_for_at_once(capsys: Capture, write: Write, host: str) -> None:
-    arguments = ["status", "web-1", "db01", "web-1", "--json", "--config", write(HOST_CONFIG), "--connect", host]
-    assert [pair["domain"] for pair in json.loads(answer(capsys, *arguments))["pairs"]] == ["db01", "web-1"]
-
-
-# list
-
-
-def test_a_list_of_no_snapshots_says_so(capsys: Capture, write: Write, host: str) -> None:
-    assert answer(capsys, "list", "--config", write(HOST_CONFIG), "--connect", host) == "(nothing)\n"
-
-
-def test_list_shows_own_held_foreign_and_unmanaged_with_reasons(
-    capsys: Capture, write: Write, shared_host: SharedHost
-) -> None:
-    own = shared_host.take(THIS_YEAR)
-    held = shared_host.take(LAST_YEAR, hold=Hold("before the [big] upgrade"))
-    left = shared_host.take(THIS_YEAR, policy="dropped")
-    shared_host.take_by_hand("by-hand")
-    found = json.loads(answer(capsys, "list", "--json", "--config", write(CONFIG), "--connect", DEFAULT_HOST))
-    keys = ["domain", "snapshot", "age", "policy", "kind", "consistency", "reasons"]
-    assert [list(row) for row in found] == [keys] * 4
-    assert {row["snapshot"]: (row["policy"], row["consistency"], row["reasons"]) for row in found} == {
-        own: ("standard", "memory", ["last #1"]),
-        held: ("standard", "memory", ["held: before the [big] upgrade"]),
-        left: ("dropped", "memory", ["unmanaged: policy dropped does not apply here"]),
-        "by-hand": ("-", "-", ["foreign: never touched"]),
-    }
-    text = answer(capsys, "list", "--config", write(CONFIG), "--connect", DEFAULT_HOST)
-    assert "held: before the [big] upgrade" in text
-
-
-# plan
-
-
-def test_plan_shows_take_keep_and_delete(capsys: Capture, write: Write, shared_host: SharedHost) -> None:
-    names = [shared_host.take(datetime(THIS_YEAR.year - ago, 1, 1, tzinfo=UTC)) for ago in (2, 1)]
-    new = format_name("standard", THIS_YEAR)
-    assert answer(capsys, "plan", "--config", write(CONFIG), "--connect", DEFAULT_HOST) == (
-        f"test  policy standard, next run {THIS_YEAR.isoformat()}\n"
-        f"  take    {new}  internal, memory\n"
-        f"  keep    {new}  last #1\n"
-        f"  keep    {names[1]}  last #2\n"
-        f"  delete  {names[0]}  last=2 used up\n"
-        "Nothing was changed.\n"
-    )
-    assert len(shared_host.domain.listAllSnapshots(0)) == 2
-
-
-def test_of_a_pair_with_nothing_due_the_next_run_is_planned(
-    capsys: Capture, write: Write, shared_host: SharedHost
-) -> None:
-    names = [shared_host.take(at) for at in (LAST_YEAR, THIS_YEAR)]
-    next_year = datetime(THIS_YEAR.year + 1, 1, 1, tzinfo=UTC)
-    assert answer(capsys, "plan", "--config", write(CONFIG), "--connect", DEFAULT_HOST) == (
-        f"test  policy standard, next run {next_year.isoformat()}\n"
-        f"  take    {format_name('standard', next_year)}  internal, memory\n"
-        f"  keep    {format_name('standard', next_year)}  last #1\n"
-        f"  keep    {names[1]}  last #2\n"
-        f"  delete  {names[0]}  last=2 used up\n"
-        "Nothing was changed.\n"
-    )
-
-
-def test_plan_does_not_show_deletes_of_a_run_that_takes_nothing(
-    capsys: Capture, write: Write, shared_host: SharedHost
-) -> None:
-    for year in (2000, 2001, 2002):
-        shared_host.take(datetime(year, 1, 1, tzinfo=UTC))
-    config = write(CONFIG.replace("kind: internal", "kind: external"))
-    text = answer(capsys, "plan", "--config", config, "--connect", DEFAULT_HOST)
-    assert "  delete  " not in text
-
-
-def test_plan_shows_a_refusal_with_its_reason(capsys: Capture, write: Write) -> None:
-    config = write(CONFIG.replace("kind: internal", "kind: external"))
-    assert answer(capsys, "plan", "--config", config, "--connect", DEFAULT_HOST) == (
-        f"test  policy standard, next run {THIS_YEAR.isoformat()}\n"
-        "  refuse  unsupported: libvirt's test driver has no external snapshots; set kind: internal in the policy\n"
-        "Nothing was changed.\n"
-    )
-
-
-def test_plan_shows_what_waits(capsys: Capture, write: Write, shared_host: SharedHost) -> None:
-    names = [shared_host.take(datetime(2000 + n, 1, 1, tzinfo=UTC)) for n in range(4)]
-    config = write(CONFIG.replace("splay", "max_deletes_per_run: 2, splay"))
-    text = answer(capsys, "plan", "--config", config, "--connect", DEFAULT_HOST)
-    assert f"  waits   {names[0]}  fuse: 3 deletes at once are more than max_deletes_per_run: 2;" in text
-
-
-def test_plan_as_json(capsys: Capture, write: Write, shared_host: SharedHost) -> None:
-    names = [shared_host.take(datetime(THIS_YEAR.year - ago, 1, 1, tzinfo=UTC)) for ago in (2, 1)]
-    new = format_name("standard", THIS_YEAR)
-    arguments = ["plan", "--json", "--config", write(CONFIG), "--connect", DEFAULT_HOST]
-    assert json.loads(answer(capsys, *arguments)) == [
-        {
-            "domain": "test",
-            "domain_uuid": DEFAULT_UUID,
-            "policy": "standard",
-            "run_at": THIS_YEAR.isoformat(),
-            "take": new,
-            "consistency": "memory",
-            "unchanged": None,
-            "refusal": None,
-            "verdicts": [
-                {"snapshot": new, "keep": True, "reasons": ["last #1"]},
-                {"snapshot": names[1], "keep": True, "reasons": ["last #2"]},
-                {"snapshot": names[0], "keep": False, "reasons": ["last=2 used up"]},
-            ],
-            "room": [],
-            "deletes": [names[0]],
-            "blocked": [],
-        }
-    ]
-
-
-def test_a_refusal_as_json(capsys: Capture, write: Write) -> None:
-    config = write(CONFIG.replace("kind: internal", "kind: external"))
-    (plan,) = json.loads(answer(capsys, "plan", "--json", "--config", config, "--connect", DEFAULT_HOST))
-    assert (plan["take"], plan["consistency"]) == (None, None)
-    assert list(plan["refusal"]) == ["reason", "detail"]
-    assert plan["refusal"]["reason"] == "unsupported"
-
-
 # simulate --keep
 
 TIMES = "2026-11-22T10:00:00+01:00\n\n  2026-11-21\n2026-11-22T08:30\n2030-01-01T00:00Z\n"
@@ -707,18 +384,68 @@ def test_the_future_as_json(capsys: Capture, write: Write) -> None:
     config = write(FUTURE_CONFIG)
     arguments = ["simulate", "--json", "--policy", "nightly", "--config", config, *FUTURE[:3], "2"]
     assert json.loads(answer(capsys, *arguments)) == [
-        {"day": "2026-11-20", "taken": 0, "deleted": 0, "exist": []},
-        {"day": "2026-11-21", "taken": 1, "deleted": 0, "exist": ["2026-11-21T00:00:00+00:00"]},
+        {"day": "2026-11-20", "days": 1, "taken": 0, "deleted": 0, "exist": []},
+        {"day": "2026-11-21", "days": 1, "taken": 1, "deleted": 0, "exist": ["2026-11-21T00:00:00+00:00"]},
     ]
 
 
-def test_a_long_future_puts_several_days_into_a_column(capsys: Capture, write: Write) -> None:
+def test_a_longer_future_puts_several_days_into_a_column(capsys: Capture, write: Write) -> None:
     config = write(FUTURE_CONFIG)
     text = answer(capsys, "simulate", "--policy", "nightly", "--config", config, *FUTURE[:3], "91")
     lines = text.splitlines()
     assert lines[2] == "(a column is 2 days)"
     # Day 86 is the Sunday of the week before, day 90 the last.
     assert lines[-1] == f"2027-02-18       1       1     2  {'·' * 43}1·1"
+
+
+def test_ten_years_of_every_hour_fit_on_a_screen_or_three(capsys: Capture, write: Write) -> None:
+    config = write("policies: {p: {schedule: hourly, keep: {hourly: 24, daily: 30, monthly: 24, yearly: all}}}\n")
+    text = answer(capsys, "simulate", "--policy", "p", "--config", config, *FUTURE[:2], "--until", "10y")
+    lines = text.splitlines()
+    assert len(lines) < 130
+    assert max(map(len, lines)) < 130
+    # 24 of the last day, 29 days, 22 months whose end is none of these, the ends of 8 years more, and the oldest.
+    assert lines[-1].split()[:4] == ["2036-11-19", "552", "552", "84"]
+    assert "a column is" in lines[2]
+
+
+@pytest.mark.parametrize(
+    ("until", "last"),
+    [
+        ("2026-11-24", "2026-11-24"),
+        ("2026-11-24T23:00:00+00:00", "2026-11-24"),
+        ("4d", "2026-11-23"),
+        ("2w", "2026-12-03"),
+        ("1mo", "2026-12-19"),
+        ("3 months", "2027-02-19"),
+    ],
+)
+def test_the_end_of_a_future_is_a_day_or_a_length(capsys: Capture, write: Write, until: str, last: str) -> None:
+    config = write(FUTURE_CONFIG)
+    arguments = ["simulate", "--json", "--policy", "nightly", "--config", config]
+    found = json.loads(answer(capsys, *arguments, "--from", "2026-11-20T00:00", "--until", until))
+    assert (found[0]["day"], found[-1]["day"]) == ("2026-11-20", last)
+
+
+@pytest.mark.parametrize(
+    ("until", "words"),
+    [
+        ("soon", "--until: 'soon' is neither a time, such as 2027-03-01, nor a length"),
+        ("2026-11-19", "--until 2026-11-19 is 2026-11-19, which must lie from 2026-11-20 on"),
+        ("101y", "--until 101y is 2127-11-19, which must lie from 2026-11-20 on and within 36600 days"),
+        ("9999y", "--until: '9999y' is too far"),
+    ],
+)
+def test_an_end_that_is_none_ends_with_2(capsys: Capture, write: Write, until: str, words: str) -> None:
+    arguments = ["simulate", "--policy", "nightly", "--config", write(FUTURE_CONFIG), *FUTURE[:2], "--until", until]
+    assert complaint(capsys, *arguments, code=2).startswith(f"kvmsnapd: {words}")
+
+
+def test_more_snapshots_than_anybody_waits_for_are_refused(capsys: Capture, write: Write) -> None:
+    config = write("policies: {p: {schedule: every 1m, keep: {last: 1}}}\n")
+    text = complaint(capsys, "simulate", "--policy", "p", "--config", config, "--until", "10y", code=2)
+    assert "days of every 1m may be 52" in text
+    assert text.endswith("snapshots; ask for a time with 1000000 at most")
 
 
 def test_an_unknown_policy_is_told_with_those_there_are(capsys: Capture, write: Write) -> None:
@@ -728,9 +455,9 @@ def test_an_unknown_policy_is_told_with_those_there_are(capsys: Capture, write: 
     )
 
 
-@pytest.mark.parametrize("days", ["0", "-1", "3661"])
+@pytest.mark.parametrize("days", ["0", "-1", "36601"])
 def test_no_days_and_too_many_are_refused(capsys: Capture, write: Write, days: str) -> None:
     config = write(FUTURE_CONFIG)
     assert complaint(capsys, "simulate", "--policy", "often", "--days", days, "--config", config, code=2) == (
-        "kvmsnapd: --days must be from 1 to 3660"
+        "kvmsnapd: --days must be from 1 to 36600"
     )

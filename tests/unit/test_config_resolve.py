@@ -173,7 +173,7 @@ domains:
     assert getattr(config.policies["policy"], field) != value
 
 
-NULLABLE = {"timezone", "consistency", "memory", "splay", "max_age", "overlay_directory", "disks", "hooks"}
+NULLABLE = {"timezone", "consistency", "memory", "splay", "max_age", "overlay_directory", "disks", "hooks", "verify"}
 
 
 @pytest.mark.parametrize("key", sorted(PolicyKeys.model_fields.keys() - NULLABLE))
@@ -415,6 +415,7 @@ def test_each_value_has_the_place_that_gave_it(load: Load) -> None:
         "overlay_directory": (None, "default"),
         "disks": ({"include": [], "exclude": []}, "default"),
         "hooks": ({}, "default"),
+        "verify": ({"deadline": "5m"}, "default"),
     }
 
 

@@ -206,7 +206,11 @@ def test_a_stray_layer_names_the_command_that_merges_down_to_the_snapshots_overl
 
 @pytest.mark.parametrize(
     ("failed_in", "level", "command"),
-    [(7, Level.PROBLEM, "virsh shutdown web1"), (6, Level.WARNING, None), (None, Level.WARNING, None)],
+    [
+        (7, Level.PROBLEM, "virsh shutdown web1"),
+        (6, Level.WARNING, "kvmsnapd prune web1"),
+        (None, Level.WARNING, "kvmsnapd prune web1"),
+    ],
 )
 def test_a_half_deleted_snapshot_is_told_and_what_a_failed_merge_needs(
     failed_in: int | None, level: Level, command: str | None

@@ -947,7 +947,7 @@ def test_a_delete_waits_for_a_place_and_looks_again_then(tmp_path: Path) -> None
     bench.run()
     bench.now += HOUR
     gates = StorageGates(takes=1, heavy=1)
-    bench.executor._pruner.gates = gates
+    bench.executor.pruner.gates = gates
     with gates.hold(["/images"], heavy=True):
         thread, outcomes = in_a_thread(bench)
         thread.join(0.1)
@@ -964,7 +964,7 @@ def test_deletes_of_internal_snapshots_move_no_data_and_wait_for_nothing(tmp_pat
     bench = Bench(tmp_path, a_policy(kind=Kind.INTERNAL, keep="last=1"), state=DomainState.SHUT_OFF)
     bench.run()
     bench.now += HOUR
-    with bench.executor._pruner.gates.hold(["/images"], heavy=True):
+    with bench.executor.pruner.gates.hold(["/images"], heavy=True):
         assert bench.run().deleted == 1
 
 

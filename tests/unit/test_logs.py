@@ -603,6 +603,8 @@ daemon.stopped: unfinished
 domain.examined: domain domain_uuid policy chain_depth free_bytes chain_limit folders
 domain.thaw_failed: domain domain_uuid error
 domain.thawed: domain domain_uuid
+drill.finished: domain domain_uuid policy snapshot ok reason detail duration_seconds
+drill.skipped: domain domain_uuid policy snapshot detail
 guest.frozen: domain domain_uuid policy error
 guest.unfrozen: domain domain_uuid
 hook.finished: domain domain_uuid policy hook ok detail output duration_seconds

@@ -498,6 +498,7 @@ def test_only_what_a_person_has_to_change_does_not_heal() -> None:
         RefusalReason.DISK,
         RefusalReason.CHAIN_BUDGET,
         RefusalReason.PAUSE,
+        RefusalReason.RESTORING,
     }
 
 

@@ -102,8 +102,8 @@ def test_one_delete_more_than_the_fuse_allows_deletes_nothing() -> None:
         (
             BlockReason.FUSE,
             (
-                "4 deletes at once are more than max_deletes_per_run: 3; look at `kvmsnapd plan web1` and raise "
-                "the limit if this is meant"
+                "4 deletes at once are more than max_deletes_per_run: 3; look at `kvmsnapd plan web1`, and if "
+                "this is meant, `kvmsnapd prune web1` does it"
             ),
         )
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -106,6 +107,41 @@ def test_whoever_waits_gets_the_lock_once_it_is_free(tmp_path: Path) -> None:
         assert not got_it.is_set()
     waiting.join(timeout=10)
     assert got_it.is_set()
+
+
+def test_whoever_waits_is_told_once_who_has_it_and_for_what(tmp_path: Path) -> None:
+    locks, told = DomainLocks(tmp_path), list[str]()
+    free = threading.Event()
+
+    def work() -> None:
+        with locks.hold(UUID, wait=AT_ONCE, doing="the daemon's run of standard"):
+            got_it.set()
+            free.wait(20)
+
+    got_it = threading.Event()
+    working = threading.Thread(target=work)
+    working.start()
+    got_it.wait()
+    threading.Timer(1.3, free.set).start()
+    with locks.hold(UUID, wait=None, on_wait=told.append):
+        assert told == [f"process {os.getpid()}: the daemon's run of standard"]
+    working.join()
+
+
+def test_a_short_wait_is_not_worth_a_word(tmp_path: Path) -> None:
+    told: list[str] = []
+    with DomainLocks(tmp_path).hold(UUID, wait=None, on_wait=told.append):
+        pass
+    assert told == []
+
+
+def test_waiting_ends_when_nobody_wants_it_any_more(tmp_path: Path) -> None:
+    with (
+        DomainLocks(tmp_path).hold(UUID, wait=AT_ONCE),
+        pytest.raises(DomainLockedError),
+        DomainLocks(tmp_path).hold(UUID, wait=None, wanted=lambda: False),
+    ):
+        pass
 
 
 def test_the_directory_of_locks_is_made(tmp_path: Path) -> None:

@@ -1,0 +1,239 @@
+"""Copies of snapshots beside guests that go on: files, second domains, and thin ones that stand on a snapshot."""
+
+from __future__ import annotations
+
+import json
+import time
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import libvirt
+import pytest
+
+from kvmsnapd.cli import main
+from kvmsnapd.execute import Result
+from kvmsnapd.model import Kind
+from tests.builders import a_policy
+from tests.lab.commands import run
+from tests.lab.images import backing_chain, check_image, read_file_in_image
+from tests.lab.runs import Runs
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from tests.lab.guest import Guest
+    from tests.lab.libvirtd import Libvirtd
+
+    Command = Callable[..., tuple[int, str, str]]
+
+pytestmark = pytest.mark.qemu
+
+A, B = (bytes([letter]) * 200_000 for letter in b"AB")
+POLICY = a_policy(keep="last=2")
+
+
+@pytest.fixture
+def runs(libvirtd: Libvirtd, tmp_path: Path) -> Iterator[Runs]:
+    with Runs(libvirtd.uri, tmp_path / "run") as made:
+        yield made
+
+
+@pytest.fixture
+def command(libvirtd: Libvirtd, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Command:
+    """Run a command on the same locks as the runs have; returns its exit code and what it said."""
+    config = tmp_path / "kvmsnapd.yaml"
+    config.write_text(
+        "policies: {standard: {schedule: hourly, keep: {last: 2}}}\ndomains: {}\n"
+        f"runtime_directory: {tmp_path}/run\nstate_directory: {tmp_path}/state\n"
+    )
+
+    def run_it(word: str, *words: str) -> tuple[int, str, str]:
+        capfd.readouterr()
+        code = main([word, "--config", str(config), "--connect", libvirtd.uri, *words])
+        said = capfd.readouterr()
+        return code, said.out, said.err
+
+    return run_it
+
+
+@pytest.fixture
+def second(libvirtd: Libvirtd) -> Iterator[Callable[[str], libvirt.virDomain]]:
+    """Find the domains that a test has made, and take them away in the end."""
+    known: list[str] = []
+
+    def find(name: str) -> libvirt.virDomain:
+        known.append(name)
+        return libvirtd.connect().lookupByName(name)
+
+    yield find
+    for name in known:
+        domain = libvirtd.connect().lookupByName(name)
+        if domain.isActive():
+            domain.destroy()
+        domain.undefine()
+
+
+def take(runs: Runs, guest: Guest) -> str:
+    outcome = runs.run(guest, POLICY).outcome
+    assert outcome.result is Result.TAKEN
+    assert outcome.snapshot
+    return outcome.snapshot
+
+
+def boots(domain: libvirt.virDomain, directory: Path) -> None:
+    """Start it and wait until it is up, seen on its console."""
+    stream = domain.connect().newStream(libvirt.VIR_STREAM_NONBLOCK)
+    domain.create()
+    domain.openConsole(None, stream, libvirt.VIR_DOMAIN_CONSOLE_FORCE)
+    said, deadline = b"", time.monotonic() + 60
+    while b"GUEST-UP" not in said:
+        assert time.monotonic() < deadline, said
+        got = stream.recv(4096)
+        said += got if isinstance(got, bytes) else b""
+        time.sleep(0.05)
+    assert b"GUEST-FAILED" not in said
+    stream.abort()
+    assert directory
+
+
+def test_a_copy_boots_and_holds_its_moment_while_the_original_writes_on(
+    make_guest: Callable[..., Guest],
+    runs: Runs,
+    command: Command,
+    second: Callable[[str], libvirt.virDomain],
+    tmp_path: Path,
+) -> None:
+    guest = make_guest(
+        writer=True, disks=2, extra="<interface type='user'><mac address='52:54:00:00:00:01'/></interface>"
+    )
+    guest.write("/mnt/pattern", A)
+    name = take(runs, guest)
+    guest.write("/mnt/pattern", B)
+    code, said, _ = command("restore", guest.name, name, "--as", f"{guest.name}-copy", "--json")
+    assert code == 0
+    answer = json.loads(said)
+    copy = second(f"{guest.name}-copy")
+    assert answer["left_out"] == ["network interface"]
+    assert not copy.isActive()
+    for target, path in answer["files"].items():
+        assert backing_chain(Path(path)) == [Path(path)], target
+        assert Path(path).stat().st_mode & 0o777 == 0o600
+        check_image(Path(path))
+    assert read_file_in_image(Path(answer["files"]["vda"]), "/pattern") == A
+    boots(copy, tmp_path)
+    assert guest.alive()
+    assert guest.read("/mnt/pattern") == B
+    take(runs, guest)
+    take(runs, guest)
+    assert name not in runs.names(guest)  # nothing holds it
+    copy.destroy()
+    assert read_file_in_image(Path(answer["files"]["vda"]), "/pattern") == A
+
+    code, _, error = command("restore", guest.name, "newest", "--as", f"{guest.name}-copy")
+    assert (code, error) == (
+        1,
+        f"kvmsnapd: there is a domain {guest.name}-copy already. Nothing was changed: choose another name\n",
+    )
+
+
+def test_the_network_is_kept_where_that_is_asked_with_an_address_of_its_own(
+    make_guest: Callable[..., Guest], runs: Runs, command: Command, second: Callable[[str], libvirt.virDomain]
+) -> None:
+    mac = "52:54:00:00:00:02"
+    guest = make_guest(boots=False, extra=f"<interface type='user'><mac address='{mac}'/></interface>")
+    name = take(runs, guest)
+    code, _, _ = command("restore", guest.name, name, "--as", f"{guest.name}-net", "--network")
+    assert code == 0
+    copy = second(f"{guest.name}-net")
+    (found,) = ET.fromstring(copy.XMLDesc(0)).findall("devices/interface/mac")  # noqa: S314  # libvirt's own
+    assert found.get("address") != mac
+    assert copy.UUIDString() != guest.domain.UUIDString()
+
+
+def test_a_linked_copy_holds_its_snapshot_for_as_long_as_it_exists(
+    make_guest: Callable[..., Guest],
+    runs: Runs,
+    command: Command,
+    second: Callable[[str], libvirt.virDomain],
+    tmp_path: Path,
+) -> None:
+    guest = make_guest()
+    guest.write("/mnt/pattern", A)
+    below = take(runs, guest)
+    name = take(runs, guest)
+    guest.write("/mnt/pattern", B)
+    code, said, _ = command("restore", guest.name, name, "--as", f"{guest.name}-thin", "--linked", "--json")
+    assert code == 0
+    copy = second(f"{guest.name}-thin")
+    (file,) = json.loads(said)["files"].values()
+    assert Path(file).stat().st_size < 300 * 1024
+    for _ in range(3):
+        take(runs, guest)
+    assert {below, name} <= set(runs.names(guest))
+    boots(copy, tmp_path)
+    copy.destroy()
+    assert read_file_in_image(Path(file), "/pattern") == A
+    assert guest.read("/mnt/pattern") == B
+    code, _, error = command("release", guest.name, name)
+    assert code != 0 or "linked" in error
+    copy.undefine()
+    Path(file).unlink()
+    guest.libvirtd.connect().defineXML(
+        guest.domain.XMLDesc(0)
+        .replace(guest.name, f"{guest.name}-thin")
+        .replace(guest.domain.UUIDString(), "00000000-0000-4000-8000-000000000001")
+    )  # of the same name, and another
+    take(runs, guest)
+    take(runs, guest)
+    assert not {below, name} & set(runs.names(guest))
+    assert guest.read("/mnt/pattern") == B
+
+
+def test_export_makes_files_that_stand_alone(
+    make_guest: Callable[..., Guest], runs: Runs, command: Command, tmp_path: Path
+) -> None:
+    guest = make_guest(writer=True, disks=2)
+    guest.write("/mnt/pattern", A)
+    take(runs, guest)
+    name = take(runs, guest)
+    guest.write("/mnt/pattern", B)
+    folder = tmp_path / "out"
+    folder.mkdir()
+    code, said, _ = command("export", guest.name, name, "--files", str(folder))
+    assert code == 0
+    files = sorted(folder.iterdir())
+    assert len(files) == 2
+    assert all(str(file) in said for file in files)
+    assert read_file_in_image(files[0], "/pattern") == A
+    run("qemu-img", "compare", "-U", files[1], guest.images[1])
+    code, _, error = command("export", guest.name, name, "--files", str(folder))
+    assert code == 1
+    assert "exists already" in error
+    assert sorted(folder.iterdir()) == files
+    code, _, error = command("export", guest.name, name, "--files", str(tmp_path / "nowhere"))
+    assert code == 1
+    assert str(tmp_path / "nowhere") in error
+
+
+def test_nothing_is_deleted_while_a_copy_is_made_and_takes_go_on(make_guest: Callable[..., Guest], runs: Runs) -> None:
+    guest = make_guest(boots=False, agent=False)
+    uuid = guest.domain.UUIDString()
+    names = [take(runs, guest) for _ in range(2)]
+    with runs.executor.locks.reading(uuid):
+        ran = runs.run(guest, POLICY)
+        assert (ran.outcome.result, ran.outcome.deleted, ran.outcome.blocked) == (Result.TAKEN, 0, 1)
+        assert set(names) <= set(runs.names(guest))
+    take(runs, guest)
+    assert not set(names) & set(runs.names(guest))
+
+
+def test_an_internal_snapshot_cannot_be_copied_and_that_is_said(
+    make_guest: Callable[..., Guest], runs: Runs, command: Command
+) -> None:
+    guest = make_guest(boots=False)
+    outcome = runs.run(guest, a_policy(kind=Kind.INTERNAL)).outcome
+    code, _, error = command("restore", guest.name, outcome.snapshot or "", "--as", "other")
+    assert code == 1
+    assert "is internal" in error
+    assert f"kvmsnapd restore {guest.name} {outcome.snapshot}" in error
