@@ -75,7 +75,7 @@ def plan_restore(
     mark = target.mark
     if problem or mark is None:
         return problem or ""
-    now = now.replace(microsecond=0)
+    now = _free_instant(domain, mark, now.replace(microsecond=0))
     if target.kind is Kind.INTERNAL:
         keep = None if discard else _keep_inside(domain, target, mark, now)
         return RestorePlan(target, mark, now, keep, resumed=mark.restoring is not None)
@@ -95,9 +95,9 @@ def _plan_external(
         else:  # the guest ran again: what was copied is not the present state
             leaves |= set(_all_files(domain, target, mark, before.begun_at))
     switched = _stands_on(domain, target, mark, begun_at)
-    kept = next((s.name for s in domain.snapshots if s.name == format_name(mark.policy, begun_at)), None)
-    overlays = dict(zip(dict(target.overlays), _files(domain, target, mark, begun_at, _OVERLAY_ATTEMPT), strict=True))
     standalone = [s for s in domain.snapshots if s.mark and s.mark.standalone]
+    kept = next((s.name for s in standalone if s.name == format_name(mark.policy, begun_at)), None)
+    overlays = dict(zip(dict(target.overlays), _files(domain, target, mark, begun_at, _OVERLAY_ATTEMPT), strict=True))
     in_use = {path for s in (target, *standalone) for _, path in s.covers}
     in_use.update(_all_files(domain, target, mark, begun_at))
     return RestorePlan(
@@ -114,6 +114,14 @@ def _plan_external(
         switched=switched,
         resumed=before is not None,
     )
+
+
+def _free_instant(domain: Domain, mark: Mark, at: datetime) -> datetime:
+    """Return the instant, or one just after it, after which no snapshot of the policy is named."""
+    taken = {s.name for s in domain.snapshots}
+    while format_name(mark.policy, at) in taken:
+        at += _WHOLE_SECONDS
+    return at
 
 
 def unfinished_files(domain: Domain, plan: RestorePlan) -> set[str]:

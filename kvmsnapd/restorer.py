@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from kvmsnapd.copier import copy_bytes
 from kvmsnapd.errors import RestoreRefusedError, StorageFullError
+from kvmsnapd.links import drop_gone_links
 from kvmsnapd.model import DomainState, Kind, Restoring
 from kvmsnapd.restore import needs_power_off, plan_restore, unfinished_files
 
@@ -106,6 +107,7 @@ class Restorer:
             HypervisorError: libvirt refused a step. The domain is then as it was or as it is to be, and a second call
                 goes on.
         """
+        drop_gone_links(self.hypervisor, self.hypervisor.domain(domain_uuid))
         domain, plan = self.plan(domain_uuid, name, discard=discard)
         surprising = [s.name for s in plan.lost if agreed is not None and s.name not in agreed]
         if surprising:

@@ -42,7 +42,7 @@ def find_snapshot(domain: Inventory, word: str) -> Snapshot:
         own = [(s.mark.good_at(s.mark.taken_at), s) for s in domain.snapshots if s.mark and not s.mark.deleting]
         if own:
             return max(own, key=lambda entry: entry[0])[1]
-    fitting = [s for s in domain.snapshots if word and word in s.name]
+    fitting = sorted((s for s in domain.snapshots if word and word in s.name), key=lambda s: s.name)
     if len(fitting) == 1:
         return fitting[0]
     look = f"`kvmsnapd list {domain.name}` shows all"

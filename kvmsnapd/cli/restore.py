@@ -14,6 +14,7 @@ from kvmsnapd.cli.work import bench
 from kvmsnapd.daemon import read_clock
 from kvmsnapd.durations import rough_duration
 from kvmsnapd.errors import InvalidValueError
+from kvmsnapd.links import drop_gone_links
 from kvmsnapd.model import DomainState, Kind, PairName
 from kvmsnapd.restore import needs_power_off
 from kvmsnapd.restorer import Restorer
@@ -46,6 +47,8 @@ def restore(arguments: argparse.Namespace) -> int:
                 restorer.abandon(domain.uuid, snapshot.name)
             _tell(work, f"{domain.name} stays as it is; the restore to {snapshot.name} is taken back")
             return 0
+        with work.locked(name, f"looking at {snapshot.name}"):  # a copy that is gone must not be in the way
+            drop_gone_links(work.host, work.host.domain(domain.uuid))
         seen, plan = restorer.plan(domain.uuid, snapshot.name, discard=arguments.discard_current)
         need = restorer.copy_size(seen, plan)
         if not work.json:

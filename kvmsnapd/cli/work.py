@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import threading
@@ -220,7 +221,11 @@ def bench(arguments: argparse.Namespace) -> Iterator[Bench]:
         host.check_rights()
         fleet = survey(config.expected_policies, config.selectors, host.inventory(), now=read_clock())
         try:
-            yield Bench(config, host, fleet, DomainLocks(config.runtime_directory / "locks"), arguments.json)
+            locks = config.runtime_directory / "locks"
+            made = Bench(config, host, fleet, DomainLocks(locks), arguments.json)
+            if not os.access(locks, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(locks))  # noqa: TRY301
+            yield made
         except PermissionError as error:
             msg = f"cannot use {error.filename}: {error.strerror}; run this as the daemon's user. Nothing was changed"
             raise KvmsnapdError(msg) from error

@@ -241,6 +241,7 @@ def test_until_it_is_finished_nothing_is_taken_or_pruned_and_doctor_names_the_co
     fake: FakeHypervisor, operation: str
 ) -> None:
     target = oldest(fake)
+    fake.written = {fake.domains[UUID].disks[0].path or "": NOW - timedelta(hours=1)}
     cut_before(fake, operation)
     domain = fake.domain(UUID)
     answer = plan_take(domain, a_policy(), ANY_LIBVIRT, slot=NOW, now=NOW)
@@ -268,6 +269,16 @@ def test_a_copy_of_a_guest_that_ran_again_is_not_the_present_state(fake: FakeHyp
     again = later.restore(UUID, target)
     assert again not in {None, kept}
     assert {kept, again} <= set(fake.snapshot_names(UUID))
+
+
+def test_a_snapshot_of_the_very_second_is_not_taken_for_the_kept_state(fake: FakeHypervisor) -> None:
+    newest = a_snapshot(NOW, parent=max(fake.snapshot_names(UUID)))
+    domain = fake.domains[UUID]
+    fake.add(replace(domain, snapshots=taken_on(*domain.snapshots, newest).snapshots))
+    kept = restorer(fake).restore(UUID, max(fake.snapshot_names(UUID)))
+    assert kept not in {None, newest.name}
+    assert newest.name in fake.snapshot_names(UUID)
+    assert [s.name for s in fake.domain(UUID).snapshots if s.mark and s.mark.standalone] == [kept]
 
 
 def test_one_that_was_cut_off_early_can_be_taken_back(fake: FakeHypervisor) -> None:
