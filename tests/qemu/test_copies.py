@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 import time
 import xml.etree.ElementTree as ET
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import libvirt
 import pytest
 
+from kvmsnapd.audit import audit
 from kvmsnapd.cli import main
+from kvmsnapd.diagnosis import Level
 from kvmsnapd.execute import Result
+from kvmsnapd.libvirt_host.connection import start_event_loop
 from kvmsnapd.model import Kind
 from tests.builders import a_policy
 from tests.lab.commands import run
@@ -22,6 +29,7 @@ from tests.lab.runs import Runs
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from kvmsnapd.diagnosis import Finding
     from tests.lab.guest import Guest
     from tests.lab.libvirtd import Libvirtd
 
@@ -40,13 +48,19 @@ def runs(libvirtd: Libvirtd, tmp_path: Path) -> Iterator[Runs]:
 
 
 @pytest.fixture
-def command(libvirtd: Libvirtd, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Command:
-    """Run a command on the same locks as the runs have; returns its exit code and what it said."""
-    config = tmp_path / "kvmsnapd.yaml"
-    config.write_text(
+def config(tmp_path: Path) -> Path:
+    """Return a configuration with the same locks as the runs have."""
+    path = tmp_path / "kvmsnapd.yaml"
+    path.write_text(
         "policies: {standard: {schedule: hourly, keep: {last: 2}}}\ndomains: {}\n"
         f"runtime_directory: {tmp_path}/run\nstate_directory: {tmp_path}/state\n"
     )
+    return path
+
+
+@pytest.fixture
+def command(libvirtd: Libvirtd, config: Path, capfd: pytest.CaptureFixture[str]) -> Command:
+    """Run a command; returns its exit code and what it said."""
 
     def run_it(word: str, *words: str) -> tuple[int, str, str]:
         capfd.readouterr()
@@ -237,3 +251,91 @@ def test_an_internal_snapshot_cannot_be_copied_and_that_is_said(
     assert code == 1
     assert "is internal" in error
     assert f"kvmsnapd restore {guest.name} {outcome.snapshot}" in error
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_killed_or_stopped_in_a_copy_the_guest_starts_and_what_is_left_is_named(
+    how: signal.Signals, make_guest: Callable[..., Guest], runs: Runs, config: Path, libvirtd: Libvirtd
+) -> None:
+    guest = make_guest(boots=False, running=False, agent=False, size_mib=600)
+    run("qemu-io", "-c", "write -q -P 0x55 1M 500M", guest.active_image())
+    name = take(runs, guest)
+    before = set(guest.directory.iterdir())
+    options = ["--config", str(config), "--connect", libvirtd.uri]
+    words = [sys.executable, "-m", "kvmsnapd", "restore", *options, guest.name, name, "--as", f"{guest.name}-part"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        while not (made := set(guest.directory.iterdir()) - before):
+            assert process.poll() is None
+            time.sleep(0.001)
+        process.send_signal(how)
+        said = process.communicate(timeout=60)[0]
+    (file,) = made
+    if how is signal.SIGINT:
+        # The one copy that goes on ends, and so there is a whole second domain, or nothing at all.
+        assert "Stopping: " in said
+        names = [domain.name() for domain in libvirtd.connect().listAllDomains()]
+        assert (f"{guest.name}-part" in names) == file.exists()
+        if file.exists():
+            libvirtd.connect().lookupByName(f"{guest.name}-part").undefine()
+            file.unlink()
+    else:
+        wait_for_the_end_of_the_copy(file)
+        (finding,) = [f for f in findings(runs, guest) if f.subject == str(file)]
+        assert "no domain of this libvirt uses it" in finding.text
+        file.unlink()
+    guest.domain.create()
+    guest.domain.destroy()
+    assert findings(runs, guest) == []
+    check_image(guest.active_image())
+
+
+def wait_for_the_end_of_the_copy(file: Path) -> None:
+    """Return once libvirt, which goes on for a client that is dead, no longer writes to the file."""
+    size, deadline = -1, time.monotonic() + 60
+    while file.stat().st_size != size:
+        assert time.monotonic() < deadline
+        size = file.stat().st_size
+        time.sleep(1)
+
+
+def findings(runs: Runs, guest: Guest) -> list[Finding]:
+    seen = audit(runs.host, runs.fleet({guest: (POLICY,)}), intents=[], now=runs.now)
+    own = [f for f in seen.findings if f.subject == guest.name or f.subject.startswith(str(guest.directory))]
+    return [f for f in own if f.level is not Level.NOTE]
+
+
+def test_the_original_is_not_paused_by_a_copy_of_it(
+    make_guest: Callable[..., Guest], runs: Runs, command: Command, tmp_path: Path
+) -> None:
+    guest = make_guest(writer=True)
+    name = take(runs, guest)
+    with pauses_of(guest) as pauses:
+        for words in (("restore", guest.name, name, "--as", f"{guest.name}-a"), ("verify", guest.name, name)):
+            code, _, error = command(*words)
+            assert code == 0, error
+    assert pauses == []
+    guest.libvirtd.connect().lookupByName(f"{guest.name}-a").undefine()
+    with pauses_of(guest) as pauses:  # so that the test would see one
+        guest.domain.suspend()
+        guest.domain.resume()
+        time.sleep(0.5)
+    assert len(pauses) == 1
+    assert tmp_path
+
+
+@contextmanager
+def pauses_of(guest: Guest) -> Iterator[list[float]]:
+    """Collect the instants at which libvirt says that the guest was paused."""
+    start_event_loop()
+    connection = libvirt.open(guest.libvirtd.uri)
+    seen: list[float] = []
+
+    def note(_connection: object, _domain: object, event: int, _detail: int, _opaque: object) -> None:
+        if event == libvirt.VIR_DOMAIN_EVENT_SUSPENDED:
+            seen.append(time.monotonic())
+
+    domain = connection.lookupByName(guest.name)
+    callback = connection.domainEventRegisterAny(domain, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, note, None)
+    yield seen
+    connection.domainEventDeregisterAny(callback)
+    connection.close()
