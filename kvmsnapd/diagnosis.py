@@ -243,7 +243,10 @@ def _unused(file: Layer, owner: Domain | None, below: Domain | None, *, certain:
     if certain and empty and file.backing and below in {None, owner}:
         text = f"an empty overlay that no domain and no snapshot uses: left by a take of {owner and owner.name}"
         return Finding(Level.WARNING, file.path, f"{text} that was cut off", remove)
-    text = "no domain of this libvirt uses it; it may be the disk of an undefined domain or of another host"
+    text = (
+        "no domain of this libvirt uses it; it may be the disk of an undefined domain or of another host, or a copy "
+        f"that was cut off. If nobody needs it: {remove}"
+    )
     return Finding(Level.WARNING, file.path, text, f"qemu-img info -U --backing-chain {shlex.quote(file.path)}")
 
 

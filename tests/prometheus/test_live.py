@@ -127,6 +127,23 @@ def test_an_edit_that_nobody_has_put_in_force(watch: Watch, tmp_path: Path) -> N
     calm(prometheus)
 
 
+def test_a_snapshot_that_does_not_boot(watch: Watch, make_guest: Callable[..., Guest], libvirtd: Libvirtd) -> None:
+    guest = make_guest()
+    drills = "verify: {schedule: every 2s, max_age: 20d}"
+    daemon, prometheus = watch(libvirtd.uri, f"{STANDARD}, {drills}}}\ndomains:\n  {guest.name}: [standard]\n")
+    prometheus.wait_for(lambda: prometheus.query("kvmsnapd_last_verified_timestamp_seconds"))
+    with guest.images[0].open("r+b") as image:
+        header = image.read(512)
+        image.seek(0)
+        image.write(b"\0" * 512)  # the guest has it open, and does not look there again
+    only(prometheus, "KvmsnapdDrillFailed")
+    assert any("libvirt could" in event["detail"] for event in daemon.events("drill.finished"))
+    with guest.images[0].open("r+b") as image:
+        image.write(header)
+    calm(prometheus)
+    assert guest.alive()
+
+
 def test_a_libvirtd_that_is_gone(watch: Watch, make_guest: Callable[..., Guest], libvirtd: Libvirtd) -> None:
     guest = make_guest(running=False)
     _, prometheus = watch(libvirtd.uri, f"{STANDARD}}}\ndomains:\n  {guest.name}: [standard]\n")
