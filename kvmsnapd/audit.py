@@ -198,7 +198,8 @@ class _Looks:
         domains = [one.domain for one in seen if one.domain]
         listed = self._list(domains)
         found = [self._closed(folder) for folder, layers in listed.items() if layers is None]
-        found += diagnose_files(domains, {f: layers for f, layers in listed.items() if layers is not None})
+        is_made = self.locks.is_made if self.locks else lambda _path: False
+        found += diagnose_files(domains, {f: layers for f, layers in listed.items() if layers is not None}, is_made)
         return found
 
     def _list(self, domains: Sequence[Domain]) -> dict[str, tuple[Layer, ...] | None]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import uuid
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from kvmsnapd.copies import CopyPlan, plan_copy
+from kvmsnapd.copies import CopyPlan, find_not_in_files, note_of, noted, plan_copy
 from kvmsnapd.errors import (
     CopyRefusedError,
+    DomainNotFoundError,
     HypervisorError,
+    HypervisorUnreachableError,
     SnapshotExistsError,
     SnapshotNotFoundError,
     StorageFullError,
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from kvmsnapd.hypervisor import Hypervisor
-    from kvmsnapd.model import Domain, Snapshot
+    from kvmsnapd.model import Domain, Mark, Snapshot
     from kvmsnapd.state_files import DomainLocks
 
     Measure = Callable[[], tuple[int, int] | None]
@@ -45,50 +47,45 @@ def layers_of(hypervisor: Hypervisor, domain: Domain, path: str) -> list[str]:
 
 
 def copy_bytes(
-    hypervisor: Hypervisor, domain: Domain, sources: Mapping[str, str], files: Mapping[str, str]
+    hypervisor: Hypervisor, domain: Domain, sources: Mapping[str, str], files: Mapping[str, str], *, spared: int = 0
 ) -> dict[str, int]:
     """Return, by folder, how many bytes stand-alone copies of these files take at the most.
+
+    Args:
+        spared: bytes that are to stay free in each folder.
 
     Raises:
         StorageFullError: a folder has not so many free.
     """
-    need: dict[str, int] = {}
+    need = {path.rpartition("/")[0]: 0 for path in files.values()}
     for target, source in sources.items():
         layers = layers_of(hypervisor, domain, source)
         sizes = hypervisor.allocated((str(number), layer) for number, layer in enumerate(layers))
         folder = files[target].rpartition("/")[0]
-        need[folder] = need.get(folder, 0) + sum(sizes.values())
+        need[folder] += sum(sizes.values())
     for folder, count in need.items():
         free = hypervisor.free_bytes(folder)
-        if free is not None and free < count:
+        if free is not None and free < count + spared:
+            kept = f", of which min_free keeps {spared / 2**20:.0f} MiB" if spared else ""
             msg = (
-                f"the copy takes up to {count / 2**20:.0f} MiB in {folder}, which has {free / 2**20:.0f} MiB free. "
-                "Nothing was changed: free some space, or name another place"
+                f"the copy takes up to {count / 2**20:.0f} MiB in {folder}, which has {free / 2**20:.0f} MiB free"
+                f"{kept}. Nothing was changed: free some space, or name another place"
             )
             raise StorageFullError(msg, operation="file_copy", domain=domain.name)
     return need
-
-
-@contextmanager
-def _explained(path: str) -> Iterator[None]:
-    """Say of a file that is there already what it may be."""
-    try:
-        yield
-    except SnapshotExistsError as error:
-        msg = (
-            f"{path} exists already: it is another one's, or left of a copy that was cut off. Nothing was changed: "
-            "move it away, or choose another name or folder"
-        )
-        raise CopyRefusedError(msg) from error
 
 
 @dataclass
 class Copier:
     """Makes copies beside a domain that goes on; its takes go on too, only its deletes wait.
 
+    Beside each file there is a note from before it is begun until it has its use. So a call that is cut off, at any
+    instant, leaves nothing that could be taken for a copy, and the same call begins anew.
+
     Args:
         progress: is told what takes long, and how to ask how much of it is done.
         wanted: whether a further file is to be begun; libvirt ends the one it copies.
+        spared: bytes that a second domain leaves free in the folders of the disks.
     """
 
     hypervisor: Hypervisor
@@ -99,17 +96,21 @@ class Copier:
         default=lambda _what, _measure: nullcontext()
     )
     wanted: Callable[[], bool] = lambda: True
+    spared: int = 0
 
     def export(self, domain_uuid: str, snapshot: str, folder: str) -> dict[str, str]:
         """Copy the snapshot's disks into a folder, and return the files by disk target.
 
         Raises:
             CopyRefusedError: it cannot be copied, or was stopped; no file is left.
-            SnapshotExistsError, StorageFullError, HypervisorError: likewise.
+            HypervisorUnreachableError: libvirt went away; what is left has a note, and the same call begins anew.
+            DomainLockedError, SnapshotNotFoundError, StorageFullError, HypervisorError: no file is left.
         """
         with self.locks.reading(domain_uuid, wanted=self.wanted):
-            domain, _, plan = self._plan(domain_uuid, snapshot, folder=folder)
-            self._copy_all(domain, plan)
+            domain, found, plan = self._plan(domain_uuid, snapshot, folder=folder)
+            _refuse(find_not_in_files(domain, found, plan))
+            with self._making(plan) as made:
+                self._copy_all(domain, plan, made)
         return plan.files
 
     def clone(
@@ -118,17 +119,18 @@ class Copier:
         """Define a second domain on stand-alone copies; return its files and what is not in it.
 
         Raises:
-            CopyRefusedError, SnapshotExistsError, StorageFullError, HypervisorError: there is none; no file is left.
+            CopyRefusedError: it cannot be copied, or was stopped; there is no domain, and no file is left.
+            HypervisorUnreachableError: libvirt went away; what is left has a note, and the same call begins anew.
+            DomainLockedError, SnapshotNotFoundError, StorageFullError, HypervisorError: no file is left.
         """
         with self.locks.reading(domain_uuid, wanted=self.wanted):
-            domain, _, plan = self._plan(domain_uuid, snapshot, name=name)
+            domain, found, plan = self._plan(domain_uuid, snapshot, name=name)
+            _refuse(find_not_in_files(domain, found, plan))
             self._refuse_name(name)
-            self._copy_all(domain, plan)
-            try:
+            with self._making(plan) as made:
+                self._copy_all(domain, plan, made, spared=self.spared)
+                self._refuse_if_stopped()
                 left_out = self._define(domain, snapshot, name, str(uuid.uuid4()), plan, network=network)
-            except BaseException:
-                self._remove(plan.files.values())
-                raise
         return plan.files, left_out
 
     def link(
@@ -137,7 +139,9 @@ class Copier:
         """Define a second domain on thin overlays on the snapshot, which is held for as long as that domain exists.
 
         Raises:
-            CopyRefusedError, SnapshotExistsError, StorageFullError, HypervisorError: there is none; no file is left.
+            CopyRefusedError: there can be none; there is no domain, and no file is left.
+            HypervisorUnreachableError: libvirt went away; what is left has a note, and the same call begins anew.
+            DomainLockedError, SnapshotNotFoundError, StorageFullError, HypervisorError: no file is left.
         """
         own = str(uuid.uuid4())
         with self.locked(self.hypervisor.domain(domain_uuid)):
@@ -150,20 +154,13 @@ class Copier:
                     "changed: leave --linked out"
                 )
                 raise CopyRefusedError(msg)
-            # Before there is anything that stands on it. Of a domain that never comes to be it is dropped again.
-            self.hypervisor.describe_snapshot(domain_uuid, snapshot, replace(mark, linked=(*mark.linked, own)))
-            made: list[str] = []
-            try:
+            copy_bytes(self.hypervisor, domain, {}, plan.files, spared=self.spared)
+            with self._making(plan) as made, self._linking(domain_uuid, snapshot, mark, own):
                 for target, path in plan.files.items():
                     with _explained(path):
                         self.hypervisor.create_overlays(domain_uuid, snapshot, {target: path})
                     made.append(path)
                 left_out = self._define(domain, snapshot, name, own, plan, network=network)
-            except BaseException:
-                self._remove(made)
-                with suppress(HypervisorError):
-                    self.hypervisor.describe_snapshot(domain_uuid, snapshot, mark)
-                raise
         return plan.files, left_out
 
     def _plan(
@@ -185,23 +182,87 @@ class Copier:
             msg = f"there is a domain {name} already. Nothing was changed: choose another name"
             raise CopyRefusedError(msg)
 
-    def _copy_all(self, domain: Domain, plan: CopyPlan) -> None:
-        total = sum(copy_bytes(self.hypervisor, domain, plan.sources, plan.files).values())
+    @contextmanager
+    def _making(self, plan: CopyPlan) -> Iterator[list[str]]:
+        """Note the plan's files as unfinished while the block makes them; it adds those that it has made."""
+        made: list[str] = []
+        notes = [note_of(path) for path in plan.files.values()]
+        with ExitStack() as held:
+            for path in sorted(plan.files.values()):
+                held.enter_context(self.locks.making(path))
+            self._clear(plan.files.values())
+            try:
+                for note in notes:
+                    self.hypervisor.create_empty(note)
+                yield made
+            except HypervisorUnreachableError:
+                raise  # what became of the last call is not known, and the notes tell
+            except BaseException:
+                with suppress(HypervisorError):  # in this order: what cannot be deleted stays noted
+                    self._remove([*made, *notes])
+                raise
+            with suppress(HypervisorError):  # doctor names it; the copy is whole
+                self._remove(notes)
+
+    def _clear(self, paths: Iterable[str]) -> None:
+        """Delete what an earlier call left unfinished at these places; CopyRefusedError if something else is there."""
+        there = self.hypervisor.allocated((path, path) for copy in paths for path in (copy, note_of(copy)))
+        finished = [path for path in there if noted(path) is None and note_of(path) not in there]
+        if finished:
+            _refuse(_occupied(finished[0]))
+        if not there:
+            return
+        used = self._used()
+        for path in there:
+            user = used.get(noted(path) or path)
+            if user:
+                _refuse(f"{noted(path) or path} is a disk of {user}; choose another name or folder")
+        try:
+            self._remove(sorted(there))  # a copy before its note
+        except HypervisorUnreachableError:
+            raise
+        except HypervisorError as error:
+            msg = (
+                f"what a copy left that was cut off cannot be deleted: {error}. libvirt may still be copying for it; "
+                "nothing was changed: try again later"
+            )
+            raise CopyRefusedError(msg) from error
+
+    def _used(self) -> dict[str, str]:
+        """Return the files that libvirt's domains have, with the domain's name."""
+        used: dict[str, str] = {}
+        for inventory in self.hypervisor.inventory():
+            with suppress(DomainNotFoundError):
+                domain = self.hypervisor.domain(inventory.uuid)
+                used |= {path: domain.name for disk in domain.disks for path in (disk.path, *disk.backing) if path}
+                used |= {path: domain.name for s in domain.snapshots for _, path in (*s.covers, *s.overlays)}
+        return used
+
+    @contextmanager
+    def _linking(self, domain_uuid: str, snapshot: str, mark: Mark, own: str) -> Iterator[None]:
+        """Hold the snapshot for a copy from before anything stands on it; not, if none comes to be."""
+        self.hypervisor.describe_snapshot(domain_uuid, snapshot, replace(mark, linked=(*mark.linked, own)))
+        try:
+            yield
+        except HypervisorUnreachableError:
+            raise  # the copy may have been defined; if not, the next run drops its UUID
+        except BaseException:
+            with suppress(HypervisorError):
+                self.hypervisor.describe_snapshot(domain_uuid, snapshot, mark)
+            raise
+
+    def _copy_all(self, domain: Domain, plan: CopyPlan, made: list[str], *, spared: int = 0) -> None:
+        total = sum(copy_bytes(self.hypervisor, domain, plan.sources, plan.files, spared=spared).values())
 
         def measure() -> tuple[int, int]:
             return sum(self.hypervisor.allocated(plan.files.items()).values()), total
 
-        made: list[str] = []
-        try:
-            with self.progress(f"{domain.name} is copied", measure):
-                for target, source in plan.sources.items():
-                    self._refuse_if_stopped()
-                    with _explained(plan.files[target]):
-                        self.hypervisor.copy_file(source, plan.files[target])
-                    made.append(plan.files[target])
-        except BaseException:
-            self._remove(made)
-            raise
+        with self.progress("the copy of its disks", measure):
+            for target, source in plan.sources.items():
+                self._refuse_if_stopped()
+                with _explained(plan.files[target]):
+                    self.hypervisor.copy_file(source, plan.files[target])
+                made.append(plan.files[target])
 
     def _refuse_if_stopped(self) -> None:
         if not self.wanted():
@@ -217,5 +278,24 @@ class Copier:
 
     def _remove(self, paths: Iterable[str]) -> None:
         for path in paths:
-            with suppress(HypervisorError):
-                self.hypervisor.remove_file(path)
+            self.hypervisor.remove_file(path)
+
+
+def _refuse(problem: str | None) -> None:
+    if problem:
+        msg = f"{problem}. Nothing was changed"
+        raise CopyRefusedError(msg)
+
+
+def _occupied(path: str) -> str:
+    return f"{path} exists already, and is not left of a copy; move it away, or choose another name or folder"
+
+
+@contextmanager
+def _explained(path: str) -> Iterator[None]:
+    """Say what is in the way if somebody else has made the file since we looked."""
+    try:
+        yield
+    except SnapshotExistsError as error:
+        msg = f"{_occupied(path)}. Nothing was changed"
+        raise CopyRefusedError(msg) from error

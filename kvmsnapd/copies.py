@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,8 @@ from kvmsnapd.model import DomainState, Kind
 
 if TYPE_CHECKING:
     from kvmsnapd.model import Domain, Snapshot
+
+_UNFINISHED = ".unfinished"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,19 +30,36 @@ def plan_copy(
     """Return what a copy of the snapshot's disks consists of, or why there can be none, with what to do about it.
 
     Args:
-        name: what the files are called after, instead of the domain.
+        name: that of the domain which the copy is for; None for files that are no domain's.
         folder: where they go to, instead of beside each disk.
     """
     problem = find_unreadable(domain, snapshot)
     if problem:
         return problem
-    stem = re.sub(r"[^A-Za-z0-9._-]", "_", name)[:100] if name else file_stem(domain)
-    label = f".{snapshot.name}" if snapshot.mark else ""
-    taking_part, active = dict(snapshot.overlays), {disk.target: disk.path or "" for disk in domain.disks}
-    sources = {target: path for target, path in snapshot.covers if target in taking_part and path}
-    beside = {target: (active.get(target) or taking_part[target]).rpartition("/")[0] for target in sources}
+    frozen, active = dict(snapshot.covers), {disk.target: disk.path or "" for disk in domain.disks}
+    sources = {target: frozen[target] for target, _ in snapshot.overlays}
+    beside = {target: (active.get(target) or overlay).rpartition("/")[0] for target, overlay in snapshot.overlays}
+    # Without the snapshot's name: `<domain>.<target>.<snapshot>` is what an overlay of that domain is called.
+    stem, label = (_word(name), "") if name else (file_stem(domain), f".{_word(snapshot.name)}")
     files = {t: f"{(folder or beside[t]).rstrip('/')}/{stem}.{t}{label}.qcow2" for t in sources}
     return CopyPlan(sources, files)
+
+
+def note_of(path: str) -> str:
+    """Return the empty file that is beside a copy from before it is begun until it has its use.
+
+    So what a copy leaves that was cut off can be told from a finished one: libvirt cannot rename a file.
+    """
+    return path + _UNFINISHED
+
+
+def noted(path: str) -> str | None:
+    """Return the copy that a file of this name is the note of, None if it is none."""
+    return path.removesuffix(_UNFINISHED) if path.endswith(f".qcow2{_UNFINISHED}") else None
+
+
+def _word(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]", "_", name)[:100]
 
 
 def find_unreadable(domain: Domain, snapshot: Snapshot) -> str | None:
@@ -55,6 +75,22 @@ def find_unreadable(domain: Domain, snapshot: Snapshot) -> str | None:
             f"data beside the domain{beside}: go back in place (`kvmsnapd restore {domain.name} {snapshot.name}` keeps "
             "the present state), or use kind: external for the snapshots to come"
         )
-    if snapshot.kind is Kind.MIXED or not any(path for _, path in snapshot.covers):
+    frozen = dict(snapshot.covers)
+    if snapshot.kind is Kind.MIXED or not snapshot.overlays:
         return f"{snapshot.name} is in parts internal, or its files are not known; it cannot be copied"
-    return None
+    remote = [target for target, _ in snapshot.overlays if not frozen.get(target)]
+    return _not_in_files(domain, snapshot, remote) if remote else None
+
+
+def find_not_in_files(domain: Domain, snapshot: Snapshot, plan: CopyPlan) -> str | None:
+    """Return why full copies cannot be made, though overlays could stand on it; None if they can."""
+    devices = [t for t, path in plan.sources.items() if not path.startswith("/") or path.startswith("/dev/")]
+    return _not_in_files(domain, snapshot, devices) if devices else None
+
+
+def _not_in_files(domain: Domain, snapshot: Snapshot, targets: list[str]) -> str:
+    return (
+        f"{snapshot.name} has the data of {', '.join(targets)} in a block device, a pool or on the network, and only "
+        f"files can be copied; `kvmsnapd restore {shlex.quote(domain.name)} {shlex.quote(snapshot.name)}` goes back in "
+        "place"
+    )

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+from kvmsnapd.copies import note_of, noted
 from kvmsnapd.disks import file_stem
 from kvmsnapd.model import CHAIN_CEILING, DomainState, Kind
 from kvmsnapd.naming import DRILL_NAME, NAME_PATTERN
@@ -18,7 +19,7 @@ from kvmsnapd.refusal import RefusalReason
 from kvmsnapd.restore import files_on_the_way, find_restoring
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
     from kvmsnapd.model import Capabilities, Domain, Layer, Snapshot
     from kvmsnapd.plan import Plan
@@ -181,12 +182,17 @@ def _merge_strays(domain: Domain, snapshot: Snapshot) -> str | None:
     return None
 
 
-def diagnose_files(domains: Sequence[Domain], files: Mapping[str, tuple[Layer, ...]]) -> Iterator[Finding]:
+def diagnose_files(
+    domains: Sequence[Domain],
+    files: Mapping[str, tuple[Layer, ...]],
+    is_made: Callable[[str], bool] = lambda _path: False,
+) -> Iterator[Finding]:
     """Yield files of ours that nobody uses, and snapshots whose files are gone.
 
     Args:
         domains: all that this libvirt has; a file of one that is not among them would look unused.
         files: by folder, all files that libvirt knows there; a folder it cannot list is not among them.
+        is_made: tells whether a copy is being made at this path now.
     """
     known = {layer.path: layer for layers in files.values() for layer in layers}
     used: set[str] = set()
@@ -201,8 +207,10 @@ def diagnose_files(domains: Sequence[Domain], files: Mapping[str, tuple[Layer, .
     used_names = {_name(path) for path in used}
     active = {disk.path: domain for domain in domains for disk in domain.disks}
     standing = {layer.backing: path for path, layer in known.items() if layer.backing}
-    for path in sorted(known):
-        if not _OUR_FILE.fullmatch(_name(path)) or _name(path) in used_names:
+    unfinished = {copy for copy in map(noted, known) if copy}
+    yield from (_cut_off(path, known, used_names) for path in sorted(unfinished) if not is_made(path))
+    for path in sorted(known.keys() - unfinished):
+        if not _is_ours(_name(path)) or _name(path) in used_names:
             continue
         owner = next((domain for domain in domains if _has_stem(path, file_stem(domain))), None)
         if owner and (owner.busy or path in files_on_the_way(owner)):
@@ -214,6 +222,24 @@ def diagnose_files(domains: Sequence[Domain], files: Mapping[str, tuple[Layer, .
         if owner and not below and _name(known[path].backing or "") in {_name(d.path or "/") for d in owner.disks}:
             below = owner
         yield _unused(known[path], owner, below, certain=owner is not None and owner.uuid not in uncertain)
+
+
+def _is_ours(name: str) -> bool:
+    return bool(_OUR_FILE.fullmatch(name)) or name.startswith(DRILL_NAME)
+
+
+def _cut_off(path: str, known: Collection[str], used_names: Collection[str]) -> Finding:
+    """Return what is to be said of a copy that has a note which says that it is unfinished."""
+    note = note_of(path)
+    if _name(path) in used_names:
+        text = f"{path} is a disk in use, and whole; only the note that it was being made is left"
+        return Finding(Level.WARNING, note, text, f"rm {shlex.quote(note)}")
+    if path not in known:
+        return Finding(
+            Level.WARNING, note, "left of a copy that was cut off before it began", f"rm {shlex.quote(note)}"
+        )
+    text = "left of a copy that was cut off: no domain uses it, and the same command makes it anew"
+    return Finding(Level.WARNING, path, text, f"rm {shlex.quote(path)} {shlex.quote(note)}")
 
 
 def _unused(file: Layer, owner: Domain | None, below: Domain | None, *, certain: bool) -> Finding:

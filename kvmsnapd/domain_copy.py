@@ -15,7 +15,17 @@ from kvmsnapd.domain_xml import put_file, read_xml
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-_PASSED_THROUGH = {"hostdev": "passed-through device", "filesystem": "shared folder", "shmem": "shared memory"}
+_PASSED_THROUGH = {
+    "hostdev": "passed-through device",
+    "filesystem": "shared folder",
+    "shmem": "shared memory",
+    "memory[@model='nvdimm']": "NVDIMM",
+    "memory[@model='virtio-pmem']": "NVDIMM",
+    "input[@type='passthrough']": "passed-through input device",
+    "input[@type='evdev']": "passed-through input device",
+}
+_NETWORK_OF_THE_HOST = {"hostdev", "vdpa", "vhostuser"}
+"""Types of network interfaces that are one device or socket of the host, which the original has."""
 _NOT_FOR_A_DRILL = ("graphics", "sound", "audio", "redirdev", "smartcard", "channel[@type='spicevmc']", "watchdog")
 _CHARACTER = ("serial", "console", "parallel", "channel")
 _OF_THE_HOST = {"file", "dev", "pipe", "tcp", "udp", "unix", "pty"}
@@ -41,11 +51,11 @@ def format_copy(
     """
     root, devices, left_out = _begin(snapshot_xml, name, uuid, disks)
     for interface in devices.findall("interface"):
-        if network:
-            _drop(interface, "mac", "target")
-        else:
+        if not network or interface.get("type") in _NETWORK_OF_THE_HOST:
             devices.remove(interface)
             left_out.append("network interface")
+        else:
+            _renew_interface(interface)
     for graphics in devices.findall("graphics"):
         if graphics.get("type") in {"vnc", "spice", "rdp"}:
             for attribute in ("port", "tlsPort", "websocket", "socket"):
@@ -87,6 +97,7 @@ def _begin(
 ) -> tuple[ET.Element, ET.Element, list[str]]:
     """Return the snapshot's domain under another name, its devices, and what was left out already."""
     snapshot = read_xml(snapshot_xml)
+    left_out: list[str] = []
     # That of a guest which ran is as it was started, with what only that run had.
     inactive = snapshot.find("inactiveDomain")
     root = inactive if inactive is not None else snapshot.find("domain")
@@ -98,20 +109,17 @@ def _begin(
     _set_text(root, "name", name)
     _set_text(root, "uuid", uuid)
     _drop(root, "seclabel", "resource")
-    _forget_firmware(root)
+    if root.find("os/nvram") is not None:
+        _forget_firmware(root)
+        left_out.append("variables of its firmware, which begin anew")
+    _renew_identity(root)
+    for arguments in root.findall("{http://libvirt.org/schemas/domain/qemu/1.0}commandline"):
+        root.remove(arguments)  # they may name any file, port or device of the original's
+        left_out.append("arguments for QEMU")
     devices = root.find("devices")
     if devices is None:
         devices = ET.SubElement(root, "devices")
-    left_out = _replace_disks(devices, disks)
-    for tag, words in _PASSED_THROUGH.items():
-        found = devices.findall(tag)
-        left_out += [words] * len(found)
-        _drop(devices, tag)
-    _drop(devices, "lease")
-    for tpm in devices.findall("tpm"):
-        if tpm.find("backend[@type='passthrough']") is not None:
-            devices.remove(tpm)
-            left_out.append("passed-through TPM")
+    left_out += [*_replace_disks(devices, disks), *_drop_shared(devices)]
     for device in [device for tag in _CHARACTER for device in devices.findall(tag)]:
         _unbind(device)
     for vsock in devices.findall("vsock"):
@@ -122,12 +130,48 @@ def _begin(
     return root, devices, left_out
 
 
+def _drop_shared(devices: ET.Element) -> list[str]:
+    """Take out what two domains cannot both have, and return it in words."""
+    left_out = []
+    for tag, words in _PASSED_THROUGH.items():
+        left_out += [words] * len(devices.findall(tag))
+        _drop(devices, tag)
+    _drop(devices, "lease")
+    for tpm in devices.findall("tpm"):
+        if tpm.find("backend[@type='emulator']") is None:
+            devices.remove(tpm)
+            left_out.append("passed-through TPM")
+        else:
+            _drop(tpm, "backend/source")
+            left_out.append("state of its TPM, which begins anew")
+    return left_out
+
+
 def _forget_firmware(root: ET.Element) -> None:
     """Let libvirt make the firmware's variables anew, from the template."""
     for nvram in root.findall("os/nvram"):
         nvram.text = None
         nvram.attrib.pop("type", None)
         _drop(nvram, "source")
+
+
+def _renew_identity(root: ET.Element) -> None:
+    """Let it have another identity where its guest can see it; that of the firmware must be the domain's own UUID."""
+    for sysinfo in root.findall("sysinfo/system"):
+        for entry in sysinfo.findall("entry[@name='uuid']"):
+            sysinfo.remove(entry)
+    for generation in root.findall("genid"):
+        generation.text = None
+
+
+def _renew_interface(interface: ET.Element) -> None:
+    """Let libvirt choose anew what no two interfaces may share."""
+    _drop(interface, "mac", "target")
+    for source in interface.findall("source"):
+        source.attrib.pop("portid", None)
+    for parameters in interface.findall("virtualport/parameters"):
+        for attribute in ("interfaceid", "instanceid"):
+            parameters.attrib.pop(attribute, None)
 
 
 def _replace_disks(devices: ET.Element, disks: Mapping[str, str]) -> list[str]:
@@ -170,8 +214,10 @@ def _unbind(device: ET.Element) -> None:
 
 def _drop(parent: ET.Element, *tags: str) -> None:
     for tag in tags:
-        for element in parent.findall(tag):
-            parent.remove(element)
+        holder, _, last = tag.rpartition("/")
+        for place in parent.findall(holder) if holder else [parent]:
+            for element in place.findall(last):
+                place.remove(element)
 
 
 def _set_text(root: ET.Element, tag: str, text: str) -> None:

@@ -145,6 +145,14 @@ class Hypervisor(Protocol):
             HypervisorError: any other refusal.
         """
 
+    def create_empty(self, path: str) -> None:
+        """Make a file without content.
+
+        Raises:
+            SnapshotExistsError: there is a file of this name; nothing was changed.
+            StorageFullError, HypervisorUnreachableError, HypervisorError: as above.
+        """
+
     def remove_file(self, path: str) -> None:
         """Delete one file that nobody uses, which the caller knows. Deleting one that is gone is success."""
 

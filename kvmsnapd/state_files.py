@@ -6,6 +6,7 @@ Neither is a record of snapshots; both may be deleted while no kvmsnapd process 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import time
 from contextlib import contextmanager
@@ -93,6 +94,29 @@ class DomainLocks:
         """Give whether nobody reads what snapshots froze; while the block runs nobody begins to."""
         with (self._directory / f"{domain_uuid}.files").open("a+") as file:
             yield _try_lock(file.fileno())
+
+    @contextmanager
+    def making(self, path: str) -> Iterator[None]:
+        """Have a file that is to be made for oneself; raise DomainLockedError if somebody else makes it."""
+        with self._lock_of_file(path).open("a+") as file:
+            if not _try_lock(file.fileno()):
+                msg = f"{path} is being made by {_holder(file)} (this is process {os.getpid()}); nothing was done"
+                raise DomainLockedError(msg)
+            file.truncate(0)
+            file.write(f"process {os.getpid()}\n")
+            file.flush()
+            yield
+
+    def is_made(self, path: str) -> bool:
+        """Tell whether somebody makes this file now."""
+        try:
+            with self._lock_of_file(path).open("a+") as file:
+                return not _try_lock(file.fileno())
+        except OSError:
+            return False
+
+    def _lock_of_file(self, path: str) -> Path:
+        return self._directory / f"{hashlib.sha256(path.encode()).hexdigest()[:32]}.copy"
 
 
 def _holder(file: TextIO) -> str:

@@ -19,6 +19,8 @@ class Work:
 
     pair: PairName
     text: str
+    afterwards: str | None = None
+    """What is to be known if nobody waits for its end; None for what is true of snapshots."""
 
 
 if TYPE_CHECKING:

@@ -108,7 +108,8 @@ class FakeHypervisor:
 
     def allocated(self, overlays: Iterable[tuple[str, str]]) -> dict[str, int]:
         """See the port."""
-        found = {target: self.stored.layers.get(path) for target, path in overlays}
+        made = {path: Layer(path, allocated=0) for path in self.copies} | dict(self.stored.layers)
+        found = {target: made.get(path) for target, path in overlays}
         return {target: layer.allocated for target, layer in found.items() if layer and layer.allocated is not None}
 
     def sleeping_pool(self, folder: str) -> str | None:
@@ -219,6 +220,14 @@ class FakeHypervisor:
             msg = f"{destination} already exists"
             raise SnapshotExistsError(msg, operation="file_copy")
         self.copies[destination] = source
+
+    def create_empty(self, path: str) -> None:
+        """See the port."""
+        self._begin("create_empty", path)
+        if path in self.copies:
+            msg = f"{path} already exists"
+            raise SnapshotExistsError(msg, operation="file_create")
+        self.copies[path] = ""
 
     def remove_file(self, path: str) -> None:
         """See the port."""

@@ -169,10 +169,12 @@ class Bench:
             return
         if doing:
             name = doing.pair.domain
+            afterwards = doing.afterwards or (
+                "A snapshot may be half deleted until then, which its description says: "
+                f"`kvmsnapd list {name}` shows it, and the next run or `kvmsnapd prune {name}` ends what is left."
+            )
             print(
-                f"\nLeft: libvirt ends {doing.text} by itself, and no data is lost. A snapshot may be half deleted "
-                f"until then, which its description says: `kvmsnapd list {name}` shows it, and the next run or "
-                f"`kvmsnapd prune {name}` ends what is left.",
+                f"\nLeft: libvirt ends {doing.text} by itself, and no data is lost. {afterwards}",
                 file=sys.stderr,
                 flush=True,
             )
@@ -183,13 +185,17 @@ class Bench:
         return pair if self.wanted() else None
 
     @contextmanager
-    def _watch(self, work: Work) -> Iterator[None]:
+    def watching(self, work: Work, measure: Callable[[], tuple[int, int] | None]) -> Iterator[None]:
+        """Show how far this work is while the block does it, and name it if it is interrupted."""
         self._doing = work
         try:
-            with progress(f"{work.pair.domain}: {work.text}", partial(self._measure, work), quiet=self.json):
+            with progress(f"{work.pair.domain}: {work.text}", measure, quiet=self.json):
                 yield
         finally:
             self._doing = None
+
+    def _watch(self, work: Work) -> AbstractContextManager[None]:
+        return self.watching(work, partial(self._measure, work))
 
     def _measure(self, work: Work) -> tuple[int, int] | None:
         return self._gauge.begin(lambda: self.host.progress(work.pair.domain_uuid)).result()

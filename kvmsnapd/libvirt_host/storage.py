@@ -148,6 +148,27 @@ class StoragePools:
         with translated_errors("file_copy"):
             pool.createXMLFrom(ET.tostring(root, encoding="unicode"), volume, 0)
 
+    def create_empty(self, path: str) -> None:
+        """Make a file without content, for its owner alone.
+
+        Raises:
+            SnapshotExistsError: there is a file of this name.
+            HypervisorError: the folder has no storage pool and none can be made.
+        """
+        folder, _, name = path.rpartition("/")
+        pool = self._pool(folder)
+        if pool is None:
+            msg = f"{path} was not made: libvirt can make no storage pool of {folder}"
+            raise HypervisorError(msg, operation="file_create")
+        root = ET.Element("volume")
+        ET.SubElement(root, "name").text = name
+        ET.SubElement(root, "capacity").text = "0"
+        target = ET.SubElement(root, "target")
+        ET.SubElement(target, "format", type="raw")
+        ET.SubElement(ET.SubElement(target, "permissions"), "mode").text = "0600"
+        with translated_errors("file_create"):
+            pool.createXML(ET.tostring(root, encoding="unicode"), 0)
+
     def remove(self, path: str) -> None:
         """Delete one file; deleting one that is gone is success. The caller knows that nobody uses it."""
         volume = self._volume(path)

@@ -38,6 +38,10 @@ class WaysBack:
         """See the port."""
         self._pools.copy(source, destination)
 
+    def create_empty(self, path: str) -> None:
+        """See the port."""
+        self._pools.create_empty(path)
+
     def remove_file(self, path: str) -> None:
         """See the port."""
         self._pools.remove(path)

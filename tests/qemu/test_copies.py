@@ -8,15 +8,16 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ET
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import libvirt
 import pytest
 
 from kvmsnapd.audit import audit
 from kvmsnapd.cli import main
+from kvmsnapd.copier import Copier
 from kvmsnapd.diagnosis import Level
 from kvmsnapd.execute import Result
 from kvmsnapd.libvirt_host.connection import start_event_loop
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from kvmsnapd.diagnosis import Finding
+    from kvmsnapd.hypervisor import Hypervisor
+    from kvmsnapd.libvirt_host import LibvirtHost
     from tests.lab.guest import Guest
     from tests.lab.libvirtd import Libvirtd
 
@@ -151,6 +154,147 @@ def test_a_copy_boots_and_holds_its_moment_while_the_original_writes_on(
     )
 
 
+@pytest.fixture
+def process(libvirtd: Libvirtd, tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
+    """Start a command as a person does, on the same locks as the runs have."""
+    config = tmp_path / "kvmsnapd.yaml"
+    config.write_text(
+        "policies: {standard: {schedule: hourly, keep: {last: 2}}}\ndomains: {}\n"
+        f"runtime_directory: {tmp_path}/run\nstate_directory: {tmp_path}/state\n"
+    )
+
+    def start(word: str, *words: str) -> subprocess.Popen[str]:
+        arguments = [sys.executable, "-m", "kvmsnapd", word, "--config", str(config), "--connect", libvirtd.uri, *words]
+        return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    return start
+
+
+def findings(runs: Runs, guest: Guest) -> list[Finding]:
+    seen = audit(runs.host, runs.fleet({guest: (POLICY,)}), intents=[], now=runs.now, locks=runs.executor.locks)
+    own = [f for f in seen.findings if f.subject.startswith(str(guest.directory))]
+    return [f for f in own if f.level is not Level.NOTE]
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_killed_or_stopped_in_a_copy_nothing_is_defined_and_the_same_call_makes_it_anew(
+    how: signal.Signals,
+    make_guest: Callable[..., Guest],
+    runs: Runs,
+    process: Callable[..., subprocess.Popen[str]],
+) -> None:
+    guest = make_guest(boots=False, running=False, agent=False, size_mib=600)
+    run("qemu-io", "-c", "write -q -P 0x55 1M 500M", guest.active_image())
+    name = take(runs, guest)
+    guest.start()
+    copy = guest.directory / f"{guest.name}-copy.vda.qcow2"
+    note = copy.with_name(f"{copy.name}.unfinished")
+    words = ("restore", guest.name, name, "--as", f"{guest.name}-copy")
+    with process(*words) as begun:
+        while not copy.exists():
+            assert begun.poll() is None
+            time.sleep(0.001)
+        begun.send_signal(how)
+        said = begun.communicate(timeout=60)[0]
+    assert f"{guest.name}-copy" not in [d.name() for d in guest.libvirtd.connect().listAllDomains()]
+    if how is signal.SIGINT:
+        assert begun.returncode == 130
+        assert f"{guest.name}: the copy of its disks goes on" in said
+        assert "nothing is left of the copy" in said
+        assert not copy.exists()
+        assert not note.exists()
+    else:
+        deadline = time.monotonic() + 60
+        while not findings(runs, guest):  # nothing can be seen of a folder while libvirt still copies in it
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert [(f.subject, f.command) for f in findings(runs, guest)] == [(str(copy), f"rm {copy} {note}")]
+    assert guest.state == libvirt.VIR_DOMAIN_RUNNING
+    code, said = ended(process(*words))
+    assert code == 0, said
+    assert not note.exists()
+    check_image(copy)
+    run("qemu-img", "compare", "-U", copy, guest.images[0])
+    assert findings(runs, guest) == []
+    # The way to be rid of it that was told.
+    told = said.split("To be rid of it:")[1].strip()
+    assert told == f"virsh undefine {guest.name}-copy --nvram && rm {copy}"
+    run("virsh", "-c", guest.libvirtd.uri, "undefine", f"{guest.name}-copy", "--nvram")
+    take(runs, guest)
+    take(runs, guest)
+    assert name not in runs.names(guest)
+
+
+class Killed(BaseException):
+    pass
+
+
+class Mortal:
+    """The libvirt of one who is killed as a copy is to be defined: nothing is called from then on."""
+
+    def __init__(self, host: LibvirtHost) -> None:
+        self._host, self._dead = host, False
+
+    def __getattr__(self, name: str) -> Callable[..., object]:
+        def call(*arguments: object, **named: object) -> object:
+            self._dead = self._dead or name == "define_copy"
+            if self._dead:
+                raise Killed
+            answer: object = getattr(self._host, name)(*arguments, **named)
+            return answer
+
+        return call
+
+
+def test_a_link_that_was_cut_off_holds_nothing_and_its_overlay_is_named(
+    make_guest: Callable[..., Guest], runs: Runs, second: Callable[[str], libvirt.virDomain]
+) -> None:
+    guest = make_guest(boots=False, agent=False)
+    uuid, name = guest.domain.UUIDString(), take(runs, guest)
+    thin = f"{guest.name}-thin"
+
+    def link(hypervisor: Hypervisor) -> dict[str, str]:
+        copier = Copier(hypervisor, runs.executor.locks, lambda _domain: nullcontext())
+        return copier.link(uuid, name, thin)[0]
+
+    with pytest.raises(Killed):
+        link(cast("Hypervisor", Mortal(runs.host)))
+    overlay = guest.directory / f"{thin}.vda.qcow2"
+    assert [(f.subject, f.command) for f in findings(runs, guest)] == [
+        (str(overlay), f"rm {overlay} {overlay}.unfinished")
+    ]
+    assert link(runs.host) == {"vda": str(overlay)}
+    copy = second(thin)
+    assert findings(runs, guest) == []
+    (mark,) = (s.mark for s in runs.host.domain(uuid).snapshots)
+    assert mark
+    assert mark.linked[-1] == copy.UUIDString()
+    names = [take(runs, guest) for _ in range(3)]
+    assert {name, *names[1:]} == set(runs.names(guest))
+    (mark,) = (s.mark for s in runs.host.domain(uuid).snapshots if s.name == name)
+    assert mark
+    assert mark.linked == (copy.UUIDString(),)  # that of the first attempt is dropped
+
+
+def test_a_copy_of_a_guest_with_uefi_begins_with_new_variables(
+    make_guest: Callable[..., Guest], runs: Runs, command: Command
+) -> None:
+    guest = make_guest(boots=False, agent=False, firmware=True)
+    name = take(runs, guest)
+    code, said, _ = command("restore", guest.name, name, "--as", f"{guest.name}-uefi")
+    assert code == 0
+    assert "not in it: variables of its firmware, which begin anew" in said
+    copy = guest.libvirtd.connect().lookupByName(f"{guest.name}-uefi")
+    assert str(guest.directory / "OVMF_VARS") not in copy.XMLDesc(0)
+    copy.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_NVRAM)
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
+    with process:
+        said = process.communicate(timeout=120)[0]
+        return process.returncode, said
+
+
 def test_the_network_is_kept_where_that_is_asked_with_an_address_of_its_own(
     make_guest: Callable[..., Guest], runs: Runs, command: Command, second: Callable[[str], libvirt.virDomain]
 ) -> None:
@@ -251,57 +395,6 @@ def test_an_internal_snapshot_cannot_be_copied_and_that_is_said(
     assert code == 1
     assert "is internal" in error
     assert f"kvmsnapd restore {guest.name} {outcome.snapshot}" in error
-
-
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_killed_or_stopped_in_a_copy_the_guest_starts_and_what_is_left_is_named(
-    how: signal.Signals, make_guest: Callable[..., Guest], runs: Runs, config: Path, libvirtd: Libvirtd
-) -> None:
-    guest = make_guest(boots=False, running=False, agent=False, size_mib=600)
-    run("qemu-io", "-c", "write -q -P 0x55 1M 500M", guest.active_image())
-    name = take(runs, guest)
-    before = set(guest.directory.iterdir())
-    options = ["--config", str(config), "--connect", libvirtd.uri]
-    words = [sys.executable, "-m", "kvmsnapd", "restore", *options, guest.name, name, "--as", f"{guest.name}-part"]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        while not (made := set(guest.directory.iterdir()) - before):
-            assert process.poll() is None
-            time.sleep(0.001)
-        process.send_signal(how)
-        said = process.communicate(timeout=60)[0]
-    (file,) = made
-    if how is signal.SIGINT:
-        # The one copy that goes on ends, and so there is a whole second domain, or nothing at all.
-        assert "Stopping: " in said
-        names = [domain.name() for domain in libvirtd.connect().listAllDomains()]
-        assert (f"{guest.name}-part" in names) == file.exists()
-        if file.exists():
-            libvirtd.connect().lookupByName(f"{guest.name}-part").undefine()
-            file.unlink()
-    else:
-        wait_for_the_end_of_the_copy(file)
-        (finding,) = [f for f in findings(runs, guest) if f.subject == str(file)]
-        assert "no domain of this libvirt uses it" in finding.text
-        file.unlink()
-    guest.domain.create()
-    guest.domain.destroy()
-    assert findings(runs, guest) == []
-    check_image(guest.active_image())
-
-
-def wait_for_the_end_of_the_copy(file: Path) -> None:
-    """Return once libvirt, which goes on for a client that is dead, no longer writes to the file."""
-    size, deadline = -1, time.monotonic() + 60
-    while file.stat().st_size != size:
-        assert time.monotonic() < deadline
-        size = file.stat().st_size
-        time.sleep(1)
-
-
-def findings(runs: Runs, guest: Guest) -> list[Finding]:
-    seen = audit(runs.host, runs.fleet({guest: (POLICY,)}), intents=[], now=runs.now)
-    own = [f for f in seen.findings if f.subject == guest.name or f.subject.startswith(str(guest.directory))]
-    return [f for f in own if f.level is not Level.NOTE]
 
 
 def test_the_original_is_not_paused_by_a_copy_of_it(
