@@ -126,8 +126,8 @@ def _free_instant(domain: Domain, mark: Mark, at: datetime) -> datetime:
 
 def unfinished_files(domain: Domain, plan: RestorePlan) -> set[str]:
     """Return the files that a restore which was cut off may have left, and that nothing refers to."""
-    begun_at = plan.mark.restoring.begun_at if plan.mark.restoring else plan.begun_at
-    files = set(_all_files(domain, plan.target, plan.mark, begun_at))
+    begun = {plan.begun_at, plan.mark.restoring.begun_at if plan.mark.restoring else plan.begun_at}
+    files = {path for at in begun for path in _all_files(domain, plan.target, plan.mark, at)}
     used = {path for s in domain.snapshots for _, path in (*s.covers, *s.overlays)}
     return files - used - {disk.path or "" for disk in domain.disks}
 

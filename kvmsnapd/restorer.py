@@ -9,7 +9,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from kvmsnapd.copier import copy_bytes
-from kvmsnapd.errors import RestoreRefusedError, StorageFullError
+from kvmsnapd.errors import HypervisorError, HypervisorUnreachableError, RestoreRefusedError, StorageFullError
 from kvmsnapd.links import drop_gone_links
 from kvmsnapd.model import DomainState, Kind, Restoring
 from kvmsnapd.restore import needs_power_off, plan_restore, unfinished_files
@@ -126,7 +126,18 @@ class Restorer:
             self._note(domain, plan, ran=ran)
         run = start if start is not None else ran or _has_ram(plan)
         self._go_on(domain, plan)
-        kept = self._keep(domain, plan)
+        try:
+            kept = self._keep(domain, plan)
+        except HypervisorUnreachableError:
+            raise
+        except HypervisorError as error:
+            self._take_back(domain, plan)
+            now = ", and is shut off now" if ran and plan.target.kind is not Kind.INTERNAL else ""
+            msg = (
+                f"the present state could not be kept: {error}. {domain.name} has not gone back{now}; "
+                "--discard-current gives the present state up"
+            )
+            raise RestoreRefusedError(msg) from error
         self._go_on(domain, plan)
         if plan.target.kind is Kind.INTERNAL:
             self.hypervisor.revert_snapshot(domain_uuid, name)
@@ -152,9 +163,12 @@ class Restorer:
             state = "has gone back to it: call restore to finish it" if plan.resumed else "is not on the way back to it"
             msg = f"{domain.name} {state}; nothing was changed"
             raise RestoreRefusedError(msg)
+        self._take_back(domain, plan)
+
+    def _take_back(self, domain: Domain, plan: RestorePlan) -> None:
         for path in unfinished_files(domain, plan):
             self.hypervisor.remove_file(path)
-        self.hypervisor.describe_snapshot(domain_uuid, name, replace(plan.mark, restoring=None))
+        self.hypervisor.describe_snapshot(domain.uuid, plan.target.name, replace(plan.mark, restoring=None))
 
     def _go_on(self, domain: Domain, plan: RestorePlan) -> None:
         """Raise RestoreRefusedError if the next step is not to be begun."""

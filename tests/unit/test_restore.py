@@ -29,7 +29,7 @@ from tests.builders import (
     half_deleted,
     hourly_snapshots,
 )
-from tests.fakes import FakeHypervisor
+from tests.fakes import FakeHypervisor, raising
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -220,6 +220,16 @@ def test_without_room_for_the_copy_nothing_is_changed_and_the_guest_runs_on(fake
     assert fake.domain(UUID).state is DomainState.RUNNING
     assert not fake.copies
     restorer(fake).restore(UUID, oldest(fake), discard=True)
+    assert not fake.copies
+
+
+def test_a_state_that_cannot_be_kept_ends_the_restore_and_nothing_is_left(fake: FakeHypervisor) -> None:
+    set_state(fake, DomainState.RUNNING)
+    before = fake.domains[UUID].snapshots
+    fake.before["record_standalone"].append(raising(StorageFullError("No space left", operation="x")))
+    with pytest.raises(RestoreRefusedError, match=r"No space left\. web1 has not gone back, and is shut off now"):
+        restorer(fake).restore(UUID, oldest(fake))
+    assert fake.domains[UUID].snapshots == before
     assert not fake.copies
 
 
