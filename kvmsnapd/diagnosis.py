@@ -13,10 +13,10 @@ from kvmsnapd.copies import note_of, noted
 from kvmsnapd.disks import file_stem
 from kvmsnapd.model import CHAIN_CEILING, DomainState, Kind
 from kvmsnapd.naming import DRILL_NAME, NAME_PATTERN
-from kvmsnapd.preflight import chain_depth, chain_limit
+from kvmsnapd.preflight import chain_depth, chain_limit, find_restoring
 from kvmsnapd.prune import BlockReason, find_branch, find_obstacle
 from kvmsnapd.refusal import RefusalReason
-from kvmsnapd.restore import files_on_the_way, find_restoring
+from kvmsnapd.restore import files_on_the_way
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from kvmsnapd.model import DomainState, TakeRequest, Unchanged
 from kvmsnapd.naming import format_name
-from kvmsnapd.preflight import plan_take
+from kvmsnapd.preflight import find_restoring, plan_take
 from kvmsnapd.prune import Blocked, BlockReason, Delete, find_obstacle, newest_of, owes, plan_deletes, plan_room
 from kvmsnapd.refusal import Refusal, RefusalReason
 from kvmsnapd.retention import Point, Verdict, plan_retention
@@ -109,7 +109,9 @@ def plan_run(
     due = due_for(domain, policy, now)
     if order:
         due = replace(due, slot=order.slot)
-    unchanged = _confirm(domain, policy, storage, due.slot, now) if due.slot and storage else None
+    unchanged = None
+    if due.slot and storage and not find_restoring(domain):
+        unchanged = _confirm(domain, policy, storage, due.slot, now)
     answer = None
     if due.slot and not unchanged:
         answer = plan_take(

@@ -98,9 +98,9 @@ def in_chain(snapshot: Snapshot) -> bool:
     return snapshot.kind is not Kind.INTERNAL and not (snapshot.mark and snapshot.mark.standalone)
 
 
-def find_restoring(inventory: Inventory) -> str | None:
+def find_restoring(inventory: Inventory) -> Snapshot | None:
     """Return the snapshot to which a restore in place was begun and not finished, None if there is none."""
-    return next((s.name for s in inventory.snapshots if s.mark and s.mark.restoring), None)
+    return next((s for s in inventory.snapshots if s.mark and s.mark.restoring), None)
 
 
 def chain_depths(domain: Domain) -> dict[str, int]:
@@ -204,8 +204,8 @@ def _refuse_domain(domain: Domain, policy: Policy) -> Refusal | None:
     if restoring:
         return Refusal(
             RefusalReason.RESTORING,
-            f"a restore to {restoring} was interrupted, and the disks are neither what they were nor what they are to "
-            f"be; `kvmsnapd restore {domain.name} {restoring}` finishes it",
+            f"a restore to {restoring.name} was interrupted, and the disks are neither what they were nor what they "
+            f"are to be; `kvmsnapd restore {domain.name} {restoring.name}` finishes it",
         )
     if domain.state is DomainState.UNSETTLED:
         return Refusal(

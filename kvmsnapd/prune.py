@@ -157,7 +157,8 @@ def find_obstacle(domain: Domain, name: str, capabilities: Capabilities, *, take
         return None
     restoring = find_restoring(domain)
     if restoring:
-        detail = f"a restore to {restoring} was interrupted; `kvmsnapd restore {domain.name} {restoring}` finishes it"
+        again = f"`kvmsnapd restore {domain.name} {restoring.name}`"
+        detail = f"a restore to {restoring.name} was interrupted; {again} finishes it"
         return Blocked(name, BlockReason.RESTORING, detail)
     linked = _linked_on(domain, snapshot)
     if linked:

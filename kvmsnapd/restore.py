@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from kvmsnapd.disks import file_stem
 from kvmsnapd.model import Consistency, DomainState, Hold, Kind, Mark, TakeRequest
 from kvmsnapd.naming import format_name
+from kvmsnapd.preflight import find_restoring
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -145,11 +146,6 @@ def files_on_the_way(domain: Domain) -> set[str]:
 def needs_power_off(domain: Domain, plan: RestorePlan) -> bool:
     """Tell whether the guest has to be off for it: libvirt reverts an internal snapshot of a running one."""
     return domain.state is not DomainState.SHUT_OFF and plan.target.kind is not Kind.INTERNAL and not plan.switched
-
-
-def find_restoring(domain: Domain) -> Snapshot | None:
-    """Return the snapshot to which a restore has begun and is not finished."""
-    return next((s for s in domain.snapshots if s.mark and s.mark.restoring), None)
 
 
 def _in_the_way(domain: Domain, target: Snapshot) -> str | None:

@@ -29,6 +29,7 @@ SHUTDOWN_WAIT = timedelta(minutes=3)
 """How long a guest may take to shut down when it is asked to."""
 
 _LOOK_SECONDS = 0.5
+_WHOLE_SECOND = 1.1
 
 
 @dataclass
@@ -220,6 +221,8 @@ class Restorer:
         if plan.target.kind is Kind.INTERNAL:
             with self.progress("the present state is saved", lambda: None):
                 self.hypervisor.take_snapshot(request)
+            # libvirt tells a snapshot's time in whole seconds: the revert must not look as if nothing had been written.
+            self.sleep(_WHOLE_SECOND)
         else:
             total = sum(self.copy_size(domain, plan).values())
 

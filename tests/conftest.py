@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 from typing import TYPE_CHECKING, NoReturn
 
 import libvirt
@@ -31,6 +32,8 @@ _QEMU_TOOLS = ("virsh", "qemu-system-x86_64", "unshare", "nsenter", "debugfs")
 def pytest_configure() -> None:
     """Keep libvirt from printing every error that a test provokes."""
     libvirt.registerErrorHandler(lambda _context, _error: None, None)
+    # A run that was started in the background ignores Ctrl-C, and so would every program that a test interrupts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -40,6 +43,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     reason = _why_no_guests()
     if reason is not None:
         _cannot_run(reason)
+
+
+@pytest.fixture(autouse=True)
+def _signals_are_not_blocked() -> Iterator[None]:
+    """Take back what a daemon in this process does to the signals, which programs that are started later inherit."""
+    yield
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP, signal.SIGINT, signal.SIGTERM})
 
 
 @pytest.fixture(scope="session")
