@@ -5,9 +5,9 @@ from __future__ import annotations
 import uuid
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
-from kvmsnapd.copies import CopyPlan, find_not_in_files, note_of, noted, plan_copy
+from kvmsnapd.copies import CopyPlan, note_of, noted, plan_copy
 from kvmsnapd.errors import (
     CopyRefusedError,
     DomainNotFoundError,
@@ -17,7 +17,7 @@ from kvmsnapd.errors import (
     SnapshotNotFoundError,
     StorageFullError,
 )
-from kvmsnapd.model import DomainState
+from kvmsnapd.model import DomainState, Kind
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -47,18 +47,24 @@ def layers_of(hypervisor: Hypervisor, domain: Domain, path: str) -> list[str]:
 
 
 def copy_bytes(
-    hypervisor: Hypervisor, domain: Domain, sources: Mapping[str, str], files: Mapping[str, str], *, spared: int = 0
+    hypervisor: Hypervisor,
+    domain: Domain,
+    sources: Iterable[tuple[str, str]],
+    files: Mapping[str, str],
+    *,
+    spared: int = 0,
 ) -> dict[str, int]:
     """Return, by folder, how many bytes stand-alone copies of these files take at the most.
 
     Args:
+        sources: by disk target; one that is there twice counts twice.
         spared: bytes that are to stay free in each folder.
 
     Raises:
         StorageFullError: a folder has not so many free.
     """
     need = {path.rpartition("/")[0]: 0 for path in files.values()}
-    for target, source in sources.items():
+    for target, source in sources:
         layers = layers_of(hypervisor, domain, source)
         sizes = hypervisor.allocated((str(number), layer) for number, layer in enumerate(layers))
         folder = files[target].rpartition("/")[0]
@@ -106,11 +112,10 @@ class Copier:
             HypervisorUnreachableError: libvirt went away; what is left has a note, and the same call begins anew.
             DomainLockedError, SnapshotNotFoundError, StorageFullError, HypervisorError: no file is left.
         """
-        with self.locks.reading(domain_uuid, wanted=self.wanted):
+        with self._reading(domain_uuid, snapshot):
             domain, found, plan = self._plan(domain_uuid, snapshot, folder=folder)
-            _refuse(find_not_in_files(domain, found, plan))
-            with self._making(plan) as made:
-                self._copy_all(domain, plan, made)
+            with self._making(plan, self._lay(domain, found)) as made:
+                self._copy_all(domain, found, plan, made)
         return plan.files
 
     def clone(
@@ -123,15 +128,15 @@ class Copier:
             HypervisorUnreachableError: libvirt went away; what is left has a note, and the same call begins anew.
             DomainLockedError, SnapshotNotFoundError, StorageFullError, HypervisorError: no file is left.
         """
-        with self.locks.reading(domain_uuid, wanted=self.wanted):
+        with self._reading(domain_uuid, snapshot):
             domain, found, plan = self._plan(domain_uuid, snapshot, name=name)
-            _refuse(find_not_in_files(domain, found, plan))
             self._refuse_name(name)
-            with self._making(plan) as made:
-                self._copy_all(domain, plan, made, spared=self.spared)
+            with self._making(plan, self._lay(domain, found)) as made:
+                self._copy_all(domain, found, plan, made, spared=self.spared)
                 self._refuse_if_stopped()
                 left_out = self._define(domain, snapshot, name, str(uuid.uuid4()), plan, network=network)
-        return plan.files, left_out
+        ram = found.memory_file or (found.kind is Kind.INTERNAL and not found.offline)
+        return plan.files, (*(("the guest's RAM of then",) if ram else ()), *left_out)
 
     def link(
         self, domain_uuid: str, snapshot: str, name: str, *, network: bool = False
@@ -145,7 +150,7 @@ class Copier:
         """
         own = str(uuid.uuid4())
         with self.locked(self.hypervisor.domain(domain_uuid)):
-            domain, found, plan = self._plan(domain_uuid, snapshot, name=name)
+            domain, found, plan = self._plan(domain_uuid, snapshot, name=name, stands=True)
             self._refuse_name(name)
             mark = found.mark
             if mark is None:
@@ -154,8 +159,9 @@ class Copier:
                     "changed: leave --linked out"
                 )
                 raise CopyRefusedError(msg)
-            copy_bytes(self.hypervisor, domain, {}, plan.files, spared=self.spared)
-            with self._making(plan) as made, self._linking(domain_uuid, snapshot, mark, own):
+            copy_bytes(self.hypervisor, domain, (), plan.files, spared=self.spared)
+            lay = self._lay(domain, None)
+            with self._making(plan, lay) as made, self._linking(domain_uuid, snapshot, mark, own):
                 for target, path in plan.files.items():
                     with _explained(path):
                         self.hypervisor.create_overlays(domain_uuid, snapshot, {target: path})
@@ -163,18 +169,35 @@ class Copier:
                 left_out = self._define(domain, snapshot, name, own, plan, network=network)
         return plan.files, left_out
 
-    def _plan(
-        self, domain_uuid: str, snapshot: str, *, name: str | None = None, folder: str | None = None
-    ) -> tuple[Domain, Snapshot, CopyPlan]:
+    @contextmanager
+    def _reading(self, domain_uuid: str, snapshot: str) -> Iterator[None]:
+        """Keep what the snapshot froze as it is; for an internal one that is the domain's own image, takes included."""
+        domain, found = self._find(domain_uuid, snapshot)
+        own = self.locked(domain) if found.kind is Kind.INTERNAL else nullcontext()
+        with own, self.locks.reading(domain_uuid, wanted=self.wanted):
+            yield
+
+    def _find(self, domain_uuid: str, snapshot: str) -> tuple[Domain, Snapshot]:
         domain = self.hypervisor.domain(domain_uuid)
         found = next((s for s in domain.snapshots if s.name == snapshot), None)
         if found is None:
             msg = f"{domain.name} has no snapshot {snapshot} any more; nothing was changed"
             raise SnapshotNotFoundError(msg, operation="copy", domain=domain.name)
-        plan = plan_copy(domain, found, name=name, folder=folder)
+        return domain, found
+
+    def _plan(
+        self,
+        domain_uuid: str,
+        snapshot: str,
+        *,
+        name: str | None = None,
+        folder: str | None = None,
+        stands: bool = False,
+    ) -> tuple[Domain, Snapshot, CopyPlan]:
+        domain, found = self._find(domain_uuid, snapshot)
+        plan = plan_copy(domain, found, name=name, folder=folder, stands=stands)
         if isinstance(plan, str):
-            msg = f"{plan}. Nothing was changed"
-            raise CopyRefusedError(msg)
+            _refuse(plan)
         return domain, found, plan
 
     def _refuse_name(self, name: str) -> None:
@@ -183,26 +206,41 @@ class Copier:
             raise CopyRefusedError(msg)
 
     @contextmanager
-    def _making(self, plan: CopyPlan) -> Iterator[list[str]]:
-        """Note the plan's files as unfinished while the block makes them; it adds those that it has made."""
+    def _making(self, plan: CopyPlan, lay: Callable[[str, str], None]) -> Iterator[list[str]]:
+        """Note the plan's files as unfinished while the block makes them; it adds those that it has made.
+
+        Args:
+            lay: makes the note of a disk.
+        """
         made: list[str] = []
-        notes = [note_of(path) for path in plan.files.values()]
+        notes = {target: note_of(path) for target, path in plan.files.items()}
         with ExitStack() as held:
             for path in sorted(plan.files.values()):
                 held.enter_context(self.locks.making(path))
             self._clear(plan.files.values())
             try:
-                for note in notes:
-                    self.hypervisor.create_empty(note)
+                for target, note in notes.items():
+                    lay(target, note)
                 yield made
             except HypervisorUnreachableError:
                 raise  # what became of the last call is not known, and the notes tell
             except BaseException:
                 with suppress(HypervisorError):  # in this order: what cannot be deleted stays noted
-                    self._remove([*made, *notes])
+                    self._remove([*made, *notes.values()])
                 raise
             with suppress(HypervisorError):  # doctor names it; the copy is whole
-                self._remove(notes)
+                self._remove(notes.values())
+
+    def _lay(self, domain: Domain, snapshot: Snapshot | None) -> Callable[[str, str], None]:
+        """Return what makes a note: one from which the data can be read, of an external snapshot that is copied.
+
+        That is an overlay, and not for brevity: libvirt goes by what a file looks like when it copies, so a guest could
+        write into a raw disk what makes it a qcow2 file on top of any file of the host. An overlay says what is below.
+        """
+        if snapshot is None or snapshot.kind is Kind.INTERNAL:
+            return lambda _target, note: self.hypervisor.create_empty(note)
+        name = snapshot.name
+        return lambda target, note: self.hypervisor.create_overlays(domain.uuid, name, {target: note})
 
     def _clear(self, paths: Iterable[str]) -> None:
         """Delete what an earlier call left unfinished at these places; CopyRefusedError if something else is there."""
@@ -251,18 +289,28 @@ class Copier:
                 self.hypervisor.describe_snapshot(domain_uuid, snapshot, mark)
             raise
 
-    def _copy_all(self, domain: Domain, plan: CopyPlan, made: list[str], *, spared: int = 0) -> None:
-        total = sum(copy_bytes(self.hypervisor, domain, plan.sources, plan.files, spared=spared).values())
+    def _copy_all(
+        self, domain: Domain, snapshot: Snapshot, plan: CopyPlan, made: list[str], *, spared: int = 0
+    ) -> None:
+        internal = snapshot.kind is Kind.INTERNAL
+        notes = {target: note_of(path) for target, path in plan.files.items()}
+        sources = list(plan.sources.items())
+        # An internal one is copied twice: with all that is in its image, and out of that.
+        needed = [*sources, *sources] if internal else sources
+        total = sum(copy_bytes(self.hypervisor, domain, needed, plan.files, spared=spared).values())
+        making = [*plan.files.items(), *((f"{target} image", path) for target, path in notes.items())]
 
         def measure() -> tuple[int, int]:
-            return sum(self.hypervisor.allocated(plan.files.items()).values()), total
+            return sum(self.hypervisor.allocated(making).values()), total
 
         with self.progress("the copy of its disks", measure):
-            for target, source in plan.sources.items():
+            if internal:
+                self.hypervisor.take_out(domain.uuid, snapshot.name, notes, wanted=self.wanted)
+            for target, path in plan.files.items():
                 self._refuse_if_stopped()
-                with _explained(plan.files[target]):
-                    self.hypervisor.copy_file(source, plan.files[target])
-                made.append(plan.files[target])
+                with _explained(path):
+                    self.hypervisor.copy_file(notes[target], path)
+                made.append(path)
 
     def _refuse_if_stopped(self) -> None:
         if not self.wanted():
@@ -281,10 +329,9 @@ class Copier:
             self.hypervisor.remove_file(path)
 
 
-def _refuse(problem: str | None) -> None:
-    if problem:
-        msg = f"{problem}. Nothing was changed"
-        raise CopyRefusedError(msg)
+def _refuse(problem: str) -> NoReturn:
+    msg = f"{problem}. Nothing was changed"
+    raise CopyRefusedError(msg)
 
 
 def _occupied(path: str) -> str:

@@ -25,28 +25,37 @@ class CopyPlan:
 
 
 def plan_copy(
-    domain: Domain, snapshot: Snapshot, *, name: str | None = None, folder: str | None = None
+    domain: Domain, snapshot: Snapshot, *, name: str | None = None, folder: str | None = None, stands: bool = True
 ) -> CopyPlan | str:
     """Return what a copy of the snapshot's disks consists of, or why there can be none, with what to do about it.
 
     Args:
         name: that of the domain which the copy is for; None for files that are no domain's.
         folder: where they go to, instead of beside each disk.
+        stands: whether the copy is to stand on what the snapshot froze; otherwise it is to have all the data.
     """
-    problem = find_unreadable(domain, snapshot)
+    problem = find_unreadable(domain, snapshot, stands=stands)
     if problem:
         return problem
     frozen, active = dict(snapshot.covers), {disk.target: disk.path or "" for disk in domain.disks}
-    sources = {target: frozen[target] for target, _ in snapshot.overlays}
-    beside = {target: (active.get(target) or overlay).rpartition("/")[0] for target, overlay in snapshot.overlays}
-    # Without the snapshot's name: `<domain>.<target>.<snapshot>` is what an overlay of that domain is called.
-    stem, label = (_word(name), "") if name else (file_stem(domain), f".{_word(snapshot.name)}")
-    files = {t: f"{(folder or beside[t]).rstrip('/')}/{stem}.{t}{label}.qcow2" for t in sources}
+    sources = {target: frozen[target] for target in _taking_part(domain, snapshot)}
+    overlays = dict(snapshot.overlays)
+    beside = {target: (active.get(target) or overlays[target]).rpartition("/")[0] for target in sources}
+    # Never `<domain>.<target>.<snapshot>`, which is what an overlay is called.
+    stem = _word(name) if name else f"{file_stem(domain)}.{_word(snapshot.name)}"
+    files = {target: f"{(folder or beside[target]).rstrip('/')}/{stem}.{target}.qcow2" for target in sources}
     return CopyPlan(sources, files)
 
 
+def _taking_part(domain: Domain, snapshot: Snapshot) -> list[str]:
+    if snapshot.kind is not Kind.INTERNAL:
+        return [target for target, _ in snapshot.overlays]
+    covered = dict(snapshot.covers)  # what is in the domain's own images, all of them
+    return [disk.target for disk in domain.disks if disk.holds_state and disk.path and covered.get(disk.target)]
+
+
 def note_of(path: str) -> str:
-    """Return the empty file that is beside a copy from before it is begun until it has its use.
+    """Return the file that is beside a copy from before it is begun until it has its use.
 
     So what a copy leaves that was cut off can be told from a finished one: libvirt cannot rename a file.
     """
@@ -62,35 +71,34 @@ def _word(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]", "_", name)[:100]
 
 
-def find_unreadable(domain: Domain, snapshot: Snapshot) -> str | None:
-    """Return why the data of this snapshot cannot be read beside its domain, with what to do; None if it can."""
+def find_unreadable(domain: Domain, snapshot: Snapshot, *, stands: bool = True) -> str | None:
+    """Return why a copy cannot have the data of this snapshot, with what to do; None if it can.
+
+    Args:
+        stands: as of :func:`plan_copy`.
+    """
     if snapshot.mark and snapshot.mark.deleting:
         return (
             f"{snapshot.name} is half deleted and no way back any more; `kvmsnapd list {domain.name}` shows the others"
         )
+    again = f"kvmsnapd restore {shlex.quote(domain.name)} {shlex.quote(snapshot.name)}"
     if snapshot.kind is Kind.INTERNAL:
-        beside = "" if domain.state is DomainState.SHUT_OFF else " while it runs"
-        return (
-            f"{snapshot.name} is internal, inside the image that {domain.name} writes to, and libvirt gives nobody its "
-            f"data beside the domain{beside}: go back in place (`kvmsnapd restore {domain.name} {snapshot.name}` keeps "
-            "the present state), or use kind: external for the snapshots to come"
-        )
+        if domain.state is DomainState.SHUT_OFF and not domain.managed_save and not stands:
+            return None
+        ways = [f"go back in place (`{again}` keeps the present state)"]
+        if domain.state is not DomainState.SHUT_OFF:
+            ways.append(f"shut {domain.name} off for as long as it is copied")
+        elif stands:
+            ways.append(f"make a full copy (`{again} --as NAME`)")
+        why = f"inside the image that {domain.name} writes to, where nothing beside the domain can read or stand on it"
+        return f"{snapshot.name} is internal, {why}: {', or '.join(ways)}"
     frozen = dict(snapshot.covers)
     if snapshot.kind is Kind.MIXED or not snapshot.overlays:
         return f"{snapshot.name} is in parts internal, or its files are not known; it cannot be copied"
-    remote = [target for target, _ in snapshot.overlays if not frozen.get(target)]
-    return _not_in_files(domain, snapshot, remote) if remote else None
-
-
-def find_not_in_files(domain: Domain, snapshot: Snapshot, plan: CopyPlan) -> str | None:
-    """Return why full copies cannot be made, though overlays could stand on it; None if they can."""
-    devices = [t for t, path in plan.sources.items() if not path.startswith("/") or path.startswith("/dev/")]
-    return _not_in_files(domain, snapshot, devices) if devices else None
-
-
-def _not_in_files(domain: Domain, snapshot: Snapshot, targets: list[str]) -> str:
-    return (
-        f"{snapshot.name} has the data of {', '.join(targets)} in a block device, a pool or on the network, and only "
-        f"files can be copied; `kvmsnapd restore {shlex.quote(domain.name)} {shlex.quote(snapshot.name)}` goes back in "
-        "place"
-    )
+    far = [target for target, _ in snapshot.overlays if not frozen.get(target)]
+    if far:
+        return (
+            f"{snapshot.name} has the data of {', '.join(far)} on the network, and only files and devices can be "
+            f"copied; `{again}` goes back in place"
+        )
+    return None

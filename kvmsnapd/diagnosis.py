@@ -79,6 +79,11 @@ def diagnose_domain(
 ) -> Iterator[Finding]:
     """Yield what is to be said of one domain and its snapshots."""
     name, own = domain.name, [s for s in domain.snapshots if s.mark]
+    if name.startswith(DRILL_NAME) and domain.state is DomainState.SHUT_OFF:
+        text = "left of a copy of an internal snapshot that was cut off; it has nothing of its own"
+        command = f"virsh undefine {name} --snapshots-metadata"
+        yield Finding(Level.WARNING, name, text, command)
+        return
     yield from _standstill(domain)
     refusals = _refusals(domain, plans)
     for (reason, detail), refused in refusals.items():
@@ -208,7 +213,8 @@ def diagnose_files(
     active = {disk.path: domain for domain in domains for disk in domain.disks}
     standing = {layer.backing: path for path, layer in known.items() if layer.backing}
     unfinished = {copy for copy in map(noted, known) if copy}
-    yield from (_cut_off(path, known, used_names) for path in sorted(unfinished) if not is_made(path))
+    restored = {path for domain in domains for path in files_on_the_way(domain)}
+    yield from (_cut_off(at, known, used_names) for at in sorted(unfinished - restored) if not is_made(at))
     for path in sorted(known.keys() - unfinished):
         if not _is_ours(_name(path)) or _name(path) in used_names:
             continue

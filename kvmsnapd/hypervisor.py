@@ -133,16 +133,37 @@ class Hypervisor(Protocol):
             HypervisorUnreachableError: as above.
         """
 
-    def copy_file(self, source: str, destination: str) -> None:
+    def copy_file(self, source: str, destination: str, *, source_format: str = "qcow2") -> None:
         """Make a stand-alone qcow2 file of all that is in an image file and the layers below it.
 
         Nobody may write to any of them meanwhile: they are frozen layers, or the domain is shut off.
+
+        Args:
+            source_format: what the domain says that the file is. What it looks like does not count, since a guest could
+                write into a raw disk what makes it a qcow2 file on top of any file of the host.
 
         Raises:
             SnapshotExistsError: there is a file of this name; nothing was changed.
             StorageFullError: no space; nothing is left.
             HypervisorUnreachableError: the connection broke; libvirt may go on copying, or leave part of a file.
             HypervisorError: any other refusal.
+        """
+
+    def take_out(
+        self, domain_uuid: str, snapshot: str, images: Mapping[str, str], *, wanted: Callable[[], bool]
+    ) -> None:
+        """Write the state of an internal snapshot into these empty files, by disk target; the domain is only read.
+
+        They become qcow2 files that hold the domain's other internal snapshots as well.
+
+        Args:
+            wanted: asked again and again; once it says no this is given up.
+
+        Raises:
+            SnapshotNotFoundError: it is gone.
+            CopyRefusedError: it was given up; the files are of no use.
+            DomainBusyError: the domain is not shut off, or its images were changed meanwhile; likewise.
+            StorageFullError, HypervisorUnreachableError, HypervisorError: as above; likewise.
         """
 
     def create_empty(self, path: str) -> None:

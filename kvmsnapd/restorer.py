@@ -80,7 +80,7 @@ class Restorer:
             return {}
         active = {disk.target: disk.path or "" for disk in domain.disks if disk.target in plan.copies}
         try:
-            return copy_bytes(self.hypervisor, domain, active, plan.copies)
+            return copy_bytes(self.hypervisor, domain, active.items(), plan.copies)
         except StorageFullError as error:
             msg = f"the present state of {domain.name} cannot be kept, or only given up with --discard-current: {error}"
             raise StorageFullError(msg, operation="restore", domain=domain.name) from error
@@ -229,11 +229,12 @@ class Restorer:
             def measure() -> tuple[int, int]:
                 return sum(self.hypervisor.allocated(request.overlays).values()), total
 
-            active = {disk.target: disk.path or "" for disk in domain.disks}
+            active = {disk.target: disk for disk in domain.disks}
             with self.progress("the present state is copied", measure):
                 for target, path in request.overlays:
                     self.hypervisor.remove_file(path)  # part of a copy that was cut off
-                    self.hypervisor.copy_file(active[target], path)
+                    disk = active[target]
+                    self.hypervisor.copy_file(disk.path or "", path, source_format=disk.format)
             self.hypervisor.record_standalone(request)
         self.say(f"the present state is kept as {request.name}, and held")
         return request.name

@@ -10,6 +10,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from kvmsnapd.errors import (
+    CopyRefusedError,
     DomainBusyError,
     DomainNotFoundError,
     DrillRefusedError,
@@ -213,13 +214,27 @@ class FakeHypervisor:
                         self._write(below, *above)  # the data of one, and the name of the layer below in the other
             self._set_disks(domain, [_without(disk, set(merged)) for disk in domain.disks])
 
-    def copy_file(self, source: str, destination: str) -> None:
+    def copy_file(self, source: str, destination: str, *, source_format: str = "qcow2") -> None:
         """See the port."""
-        self._begin("copy_file", source, destination)
+        self._begin("copy_file", source, destination, *([source_format] if source_format != "qcow2" else []))
         if destination in self.copies:
             msg = f"{destination} already exists"
             raise SnapshotExistsError(msg, operation="file_copy")
-        self.copies[destination] = source
+        self.copies[destination] = self.copies.get(source) or source
+
+    def take_out(
+        self, domain_uuid: str, snapshot: str, images: Mapping[str, str], *, wanted: Callable[[], bool]
+    ) -> None:
+        """See the port."""
+        self._begin("take_out", domain_uuid, snapshot)
+        frozen = dict(self._snapshot(domain_uuid, snapshot).covers)
+        if self.domain(domain_uuid).state is not DomainState.SHUT_OFF:
+            msg = "the domain is not shut off"
+            raise DomainBusyError(msg, operation="file_duplicate", domain=domain_uuid)
+        if not wanted():
+            msg = "stopped"
+            raise CopyRefusedError(msg)
+        self.copies.update({path: frozen[target] for target, path in images.items()})
 
     def create_empty(self, path: str) -> None:
         """See the port."""
@@ -250,6 +265,9 @@ class FakeHypervisor:
         """See the port."""
         self._begin("define_copy", domain_uuid, snapshot, name)
         self._snapshot(domain_uuid, snapshot)
+        if uuid in self.domains or any(domain.name == name for domain in self.domains.values()):
+            msg = f"domain {name} already exists"
+            raise HypervisorError(msg, operation="define_copy", domain=name)
         original = self.domains[domain_uuid]
         own = tuple(replace(d, path=disks[d.target], backing=()) for d in original.disks if d.target in disks)
         self.add(replace(original, uuid=uuid, name=name, snapshots=(), disks=own, state=DomainState.SHUT_OFF))

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import os
 import threading
+import time
 import xml.etree.ElementTree as ET
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -17,14 +18,21 @@ from urllib.parse import urlsplit
 
 import libvirt
 
+from kvmsnapd.copies import note_of
 from kvmsnapd.errors import HypervisorError
 from kvmsnapd.libvirt_host.translate import broken_connection, translated_errors
 from kvmsnapd.model import Layer
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from kvmsnapd.libvirt_host.connection import Connection
 
 _OURS = "kvmsnapd-"
+_CHUNK = 256 * 1024
+"""libvirt sends no more at a time."""
+_REFRESHED_WITHIN_SECONDS = 30.0
+_PAUSE_SECONDS = 0.2
 _DEEPEST = 200
 """libvirt itself gives up on a chain of this depth."""
 
@@ -148,6 +156,23 @@ class StoragePools:
         with translated_errors("file_copy"):
             pool.createXMLFrom(ET.tostring(root, encoding="unicode"), volume, 0)
 
+    def copy_as(self, source_format: str, source: str, destination: str) -> None:
+        """Copy a file as one of this format, whatever it looks like; see :meth:`copy`.
+
+        libvirt copies a volume as what its pool took it for, and it looks into raw files as well: one that begins like
+        a qcow2 file is copied with the layer that it names, from anywhere on the host. An overlay says what is below.
+        """
+        overlay = note_of(destination)
+        self.remove(overlay)
+        if not self.create_overlay(overlay, below=source, below_format=source_format):
+            msg = f"{source} was not copied: libvirt can make no storage pool for {destination}"
+            raise HypervisorError(msg, operation="file_copy")
+        try:
+            self.copy(overlay, destination)
+        finally:
+            with contextlib.suppress(HypervisorError):
+                self.remove(overlay)
+
     def create_empty(self, path: str) -> None:
         """Make a file without content, for its owner alone.
 
@@ -168,6 +193,32 @@ class StoragePools:
         ET.SubElement(ET.SubElement(target, "permissions"), "mode").text = "0600"
         with translated_errors("file_create"):
             pool.createXML(ET.tostring(root, encoding="unicode"), 0)
+
+    def duplicate(self, source: str, destination: str, *, wanted: Callable[[], bool]) -> bool:
+        """Write all bytes of a qcow2 file into an empty one; False if it was given up as no longer wanted.
+
+        They go through this process, and stretches of zeroes become holes. A volume's format is what its pool saw when
+        it was read, so the pool is read anew.
+
+        Raises:
+            StorageFullError: no space.
+            HypervisorError: a file is not there, or libvirt works in that folder and cannot read it anew.
+        """
+        there, empty = self._volume(source), self._volume(destination)
+        if there is None or empty is None:
+            msg = f"{destination if there else source} is not there"
+            raise HypervisorError(msg, operation="file_duplicate")
+        with translated_errors("file_duplicate"):
+            if not _pour(self._connection.get(), there, empty, wanted):
+                return False
+            pool = empty.storagePoolLookupByVolume()
+            deadline = time.monotonic() + _REFRESHED_WITHIN_SECONDS
+            while not _refresh(pool) or _format_of(pool.storageVolLookupByName(empty.name())) != "qcow2":
+                if time.monotonic() > deadline:
+                    msg = f"libvirt works in {destination.rpartition('/')[0]} and does not see a new file there"
+                    raise HypervisorError(msg, operation="file_duplicate")
+                time.sleep(_PAUSE_SECONDS)
+        return True
 
     def remove(self, path: str) -> None:
         """Delete one file; deleting one that is gone is success. The caller knows that nobody uses it."""
@@ -243,6 +294,43 @@ def target_of(pool: Any) -> str | None:  # noqa: ANN401
     except libvirt.libvirtError:
         return None
     return path.rstrip("/") if path else None
+
+
+def _pour(connection: Any, source: Any, destination: Any, wanted: Callable[[], bool]) -> bool:  # noqa: ANN401
+    """Send the bytes of one volume to another; return False if they were no longer wanted."""
+    outlet, inlet = connection.newStream(0), connection.newStream(0)
+    source.download(outlet, 0, 0, 0)
+    try:
+        destination.upload(inlet, 0, 0, libvirt.VIR_STORAGE_VOL_UPLOAD_SPARSE_STREAM)
+        try:
+            zeroes = bytes(_CHUNK)
+            while chunk := outlet.recv(_CHUNK):
+                if not wanted():
+                    inlet.abort()
+                    outlet.abort()
+                    return False
+                if chunk == zeroes[: len(chunk)]:
+                    inlet.sendHole(len(chunk), 0)
+                else:
+                    rest = chunk
+                    while rest:
+                        rest = rest[inlet.send(rest) :]
+            inlet.finish()
+        except BaseException:
+            with contextlib.suppress(libvirt.libvirtError):
+                inlet.abort()
+            raise
+        outlet.finish()
+    except BaseException:
+        with contextlib.suppress(libvirt.libvirtError):
+            outlet.abort()
+        raise
+    return True
+
+
+def _format_of(volume: Any) -> str | None:  # noqa: ANN401
+    found = ET.fromstring(volume.XMLDesc(0)).find("target/format")  # noqa: S314  # from libvirt, which wrote it itself
+    return found.get("type") if found is not None else None
 
 
 def _name_for(folder: str) -> str:

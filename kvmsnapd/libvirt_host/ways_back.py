@@ -14,6 +14,7 @@ from kvmsnapd.domain_copy import format_copy
 from kvmsnapd.domain_xml import format_standalone, formats_of, parse_domain, with_disk_files, with_overlays
 from kvmsnapd.errors import DomainBusyError, HypervisorError, SnapshotNotFoundError
 from kvmsnapd.libvirt_host.drill import run_drill
+from kvmsnapd.libvirt_host.internal_copy import take_out
 from kvmsnapd.libvirt_host.take import resolve_volume
 from kvmsnapd.libvirt_host.translate import translated_errors
 
@@ -34,9 +35,19 @@ class WaysBack:
     _writing: Connection
     _pools: StoragePools
 
-    def copy_file(self, source: str, destination: str) -> None:
+    def copy_file(self, source: str, destination: str, *, source_format: str = "qcow2") -> None:
         """See the port."""
-        self._pools.copy(source, destination)
+        if source_format == "qcow2":
+            self._pools.copy(source, destination)
+        else:
+            self._pools.copy_as(source_format, source, destination)
+
+    def take_out(
+        self, domain_uuid: str, snapshot: str, images: Mapping[str, str], *, wanted: Callable[[], bool]
+    ) -> None:
+        """See the port."""
+        with translated_errors("snapshot_take_out", domain=domain_uuid):
+            take_out(self._writing.get(), self._pools, self._look_up(domain_uuid), snapshot, images, wanted)
 
     def create_empty(self, path: str) -> None:
         """See the port."""

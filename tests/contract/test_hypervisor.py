@@ -13,8 +13,10 @@ import pytest
 
 from kvmsnapd.demo import write_test_host
 from kvmsnapd.errors import (
+    CopyRefusedError,
     DomainBusyError,
     DomainNotFoundError,
+    HypervisorError,
     HypervisorUnreachableError,
     SnapshotExistsError,
     SnapshotNotFoundError,
@@ -47,6 +49,7 @@ class Ground:
     kind: Kind
     make_foreign: Callable[[str], object]
     runs: bool = True
+    undefine: Callable[[str], object] = lambda _uuid: None
 
     def request(self, number: int = 0) -> TakeRequest:
         """Return the request that the daemon would make for the n-th slot."""
@@ -80,7 +83,13 @@ class Ground:
 def fake_ground(_request: pytest.FixtureRequest) -> Ground:
     fake = FakeHypervisor()
     domain = fake.add(a_domain())
-    return Ground(fake, domain.uuid, Kind.EXTERNAL, lambda name: fake.make_foreign(domain.uuid, name))
+    return Ground(
+        fake,
+        domain.uuid,
+        Kind.EXTERNAL,
+        lambda name: fake.make_foreign(domain.uuid, name),
+        undefine=fake.domains.pop,
+    )
 
 
 def driver_ground(request: pytest.FixtureRequest, *, runs: bool) -> Ground:
@@ -105,6 +114,7 @@ def qemu_ground(request: pytest.FixtureRequest, generation: str, kind: Kind, **o
         kind,
         lambda name: guest.domain.snapshotCreateXML(_foreign(name), disk_only),
         bool(options.get("running", True)),
+        lambda uuid: libvirtd.connect().lookupByUUIDString(uuid).undefine(),
     )
 
 
@@ -363,4 +373,70 @@ def test_a_standalone_snapshot_is_beside_the_chain_and_goes_without_touching_it(
     for target, path in request.overlays:  # they are gone, or the copy would be refused
         ground.hypervisor.copy_file(active[target], path)
         ground.hypervisor.remove_file(path)
+        ground.hypervisor.remove_file(path)
+
+
+def test_a_second_domain_is_defined_on_overlays_and_the_original_stays_as_it_is(ground: Ground) -> None:
+    if ground.kind is Kind.INTERNAL:
+        return
+    name = ground.take(0)
+    (taken,) = before = ground.domain.snapshots
+    thin = {target: f"{dict(taken.covers)[target]}.thin" for target, _ in taken.overlays}
+    ground.hypervisor.create_overlays(ground.uuid, name, thin)
+    with pytest.raises(SnapshotExistsError):
+        ground.hypervisor.create_overlays(ground.uuid, name, thin)
+    define = partial(ground.hypervisor.define_copy, ground.uuid, disks=thin, network=True)
+    with pytest.raises(SnapshotNotFoundError):
+        define("gone", name="second", uuid=NOWHERE)
+    assert define(name, name="second", uuid=NOWHERE.replace("0-", "1-")) == ()
+    second = ground.hypervisor.domain(NOWHERE.replace("0-", "1-"))
+    assert (second.name, second.state, second.snapshots) == ("second", DomainState.SHUT_OFF, ())
+    assert {disk.target: (disk.path, disk.format) for disk in second.disks} == {
+        t: (p, "qcow2") for t, p in thin.items()
+    }
+    with pytest.raises(HypervisorError):
+        define(name, name="second", uuid=NOWHERE.replace("0-", "2-"))
+    assert ground.domain.snapshots == before
+    ground.undefine(second.uuid)
+    for path in thin.values():
+        ground.hypervisor.remove_file(path)
+    ground.hypervisor.delete_snapshot(ground.uuid, name)
+
+
+def test_an_empty_file_is_made_once(ground: Ground) -> None:
+    if not ground.hypervisor.capabilities().storage_api:
+        return
+    path = f"{ground.domain.disks[0].path}.unfinished"
+    ground.hypervisor.create_empty(path)
+    with pytest.raises(SnapshotExistsError):
+        ground.hypervisor.create_empty(path)
+    assert set(ground.hypervisor.allocated([("note", path), ("other", f"{path}.other")])) == {"note"}
+    ground.hypervisor.remove_file(path)
+    assert ground.hypervisor.allocated([("note", path)]) == {}
+
+
+def test_an_internal_snapshot_is_taken_out_of_the_images_of_a_domain_that_is_off(ground: Ground) -> None:
+    capabilities = ground.hypervisor.capabilities()
+    if not capabilities.storage_api or (ground.kind is Kind.EXTERNAL and capabilities.driver != "fake"):
+        return
+    name = ground.take(0)
+    images = {disk.target: f"{disk.path}.image" for disk in ground.domain.disks}
+    for path in images.values():
+        ground.hypervisor.create_empty(path)
+    take_out = partial(ground.hypervisor.take_out, ground.uuid, images=images, wanted=lambda: True)
+    if ground.runs:
+        with pytest.raises(DomainBusyError):
+            take_out(name)
+        ground.hypervisor.power_off(ground.uuid)
+    with pytest.raises(CopyRefusedError):
+        ground.hypervisor.take_out(ground.uuid, name, images, wanted=lambda: False)
+    with pytest.raises(SnapshotNotFoundError):
+        take_out("gone")
+    before = ground.domain
+    take_out(name)
+    assert ground.domain == before
+    assert {inventory.uuid for inventory in ground.hypervisor.inventory()} == {ground.uuid}
+    for path in images.values():
+        ground.hypervisor.copy_file(path, f"{path}.whole")
+        ground.hypervisor.remove_file(f"{path}.whole")
         ground.hypervisor.remove_file(path)

@@ -35,6 +35,10 @@ bind "$directory/etc" "$root/etc/libvirt"
 bind "$directory/run" "$root/run/libvirt"
 for kind in lib cache log; do bind "$directory/$kind" "$root/var/$kind/libvirt"; done
 
+# Locks of consoles are named after pseudo terminals, of which each libvirtd here has a first one.
+mkdir -p "$root/run/lock"
+mount -t tmpfs lock "$root/run/lock"
+
 # The daemon insists on the user it was compiled with, whatever qemu.conf says.
 for names in passwd group; do
     cp "$root/etc/$names" "$directory/$names"

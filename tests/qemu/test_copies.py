@@ -98,7 +98,7 @@ def take(runs: Runs, guest: Guest) -> str:
     return outcome.snapshot
 
 
-def boots(domain: libvirt.virDomain, directory: Path) -> None:
+def boots(domain: libvirt.virDomain) -> None:
     """Start it and wait until it is up, seen on its console."""
     stream = domain.connect().newStream(libvirt.VIR_STREAM_NONBLOCK)
     domain.create()
@@ -111,7 +111,31 @@ def boots(domain: libvirt.virDomain, directory: Path) -> None:
         time.sleep(0.05)
     assert b"GUEST-FAILED" not in said
     stream.abort()
-    assert directory
+
+
+def wait_for(happened: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 60
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@contextmanager
+def stands_still(guest: Guest) -> Iterator[list[int]]:
+    """Collect how often the guest is paused, for however short a time, in the block."""
+    pauses: list[int] = []
+
+    def note(_connection: object, _domain: object, event: int, detail: int, _opaque: object) -> None:
+        if event == libvirt.VIR_DOMAIN_EVENT_SUSPENDED:
+            pauses.append(detail)
+
+    start_event_loop()
+    connection = guest.libvirtd.connect()
+    kind = libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE
+    domain = connection.lookupByName(guest.name)
+    callback = connection.domainEventRegisterAny(domain, kind, note, None)
+    yield pauses
+    connection.domainEventDeregisterAny(callback)
 
 
 def test_a_copy_boots_and_holds_its_moment_while_the_original_writes_on(
@@ -119,7 +143,6 @@ def test_a_copy_boots_and_holds_its_moment_while_the_original_writes_on(
     runs: Runs,
     command: Command,
     second: Callable[[str], libvirt.virDomain],
-    tmp_path: Path,
 ) -> None:
     guest = make_guest(
         writer=True, disks=2, extra="<interface type='user'><mac address='52:54:00:00:00:01'/></interface>"
@@ -127,8 +150,13 @@ def test_a_copy_boots_and_holds_its_moment_while_the_original_writes_on(
     guest.write("/mnt/pattern", A)
     name = take(runs, guest)
     guest.write("/mnt/pattern", B)
-    code, said, _ = command("restore", guest.name, name, "--as", f"{guest.name}-copy", "--json")
-    assert code == 0
+    with stands_still(guest) as pauses:
+        code, said, _ = command("restore", guest.name, name, "--as", f"{guest.name}-copy", "--json")
+        assert code == 0
+        assert pauses == []
+        guest.domain.suspend()
+        guest.domain.resume()
+        wait_for(lambda: len(pauses) == 1)  # it would have been noticed
     answer = json.loads(said)
     copy = second(f"{guest.name}-copy")
     assert answer["left_out"] == ["network interface"]
@@ -138,7 +166,7 @@ def test_a_copy_boots_and_holds_its_moment_while_the_original_writes_on(
         assert Path(path).stat().st_mode & 0o777 == 0o600
         check_image(Path(path))
     assert read_file_in_image(Path(answer["files"]["vda"]), "/pattern") == A
-    boots(copy, tmp_path)
+    boots(copy)
     assert guest.alive()
     assert guest.read("/mnt/pattern") == B
     take(runs, guest)
@@ -204,10 +232,7 @@ def test_killed_or_stopped_in_a_copy_nothing_is_defined_and_the_same_call_makes_
         assert not copy.exists()
         assert not note.exists()
     else:
-        deadline = time.monotonic() + 60
-        while not findings(runs, guest):  # nothing can be seen of a folder while libvirt still copies in it
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        wait_for(lambda: findings(runs, guest))  # nothing can be seen of a folder while libvirt still copies in it
         assert [(f.subject, f.command) for f in findings(runs, guest)] == [(str(copy), f"rm {copy} {note}")]
     assert guest.state == libvirt.VIR_DOMAIN_RUNNING
     code, said = ended(process(*words))
@@ -314,7 +339,6 @@ def test_a_linked_copy_holds_its_snapshot_for_as_long_as_it_exists(
     runs: Runs,
     command: Command,
     second: Callable[[str], libvirt.virDomain],
-    tmp_path: Path,
 ) -> None:
     guest = make_guest()
     guest.write("/mnt/pattern", A)
@@ -329,7 +353,7 @@ def test_a_linked_copy_holds_its_snapshot_for_as_long_as_it_exists(
     for _ in range(3):
         take(runs, guest)
     assert {below, name} <= set(runs.names(guest))
-    boots(copy, tmp_path)
+    boots(copy)
     copy.destroy()
     assert read_file_in_image(Path(file), "/pattern") == A
     assert guest.read("/mnt/pattern") == B
@@ -374,6 +398,31 @@ def test_export_makes_files_that_stand_alone(
     assert str(tmp_path / "nowhere") in error
 
 
+def test_a_raw_disk_is_copied_as_it_is_whatever_its_guest_has_made_it_look_like(
+    make_guest: Callable[..., Guest], runs: Runs, command: Command, tmp_path: Path
+) -> None:
+    guest = make_guest(boots=False, running=False, image_format="raw")
+    secret = guest.directory / "secret"
+    secret.write_bytes(b"of the host" * 100_000)
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-b", secret, "-F", "raw", tmp_path / "disguise")
+    with guest.images[0].open("r+b") as image:
+        image.write((tmp_path / "disguise").read_bytes())
+    folder = tmp_path / "out"
+    folder.mkdir()
+    kept = folder / "kept.qcow2"
+    runs.host.copy_file(str(guest.images[0]), str(kept), source_format="raw")  # as a restore keeps the present state
+    assert list(folder.iterdir()) == [kept]
+    run("qemu-img", "compare", "-f", "qcow2", "-F", "raw", kept, guest.images[0])
+    kept.unlink()
+    name = take(runs, guest)
+    code, _, error = command("export", guest.name, name, "--files", str(folder))
+    assert code == 0, error
+    (file,) = folder.iterdir()
+    run("qemu-img", "compare", "-f", "qcow2", "-F", "raw", file, guest.images[0])
+    run("qemu-img", "convert", "-f", "qcow2", "-O", "raw", file, tmp_path / "raw")
+    assert b"of the host" not in (tmp_path / "raw").read_bytes()
+
+
 def test_nothing_is_deleted_while_a_copy_is_made_and_takes_go_on(make_guest: Callable[..., Guest], runs: Runs) -> None:
     guest = make_guest(boots=False, agent=False)
     uuid = guest.domain.UUIDString()
@@ -384,6 +433,54 @@ def test_nothing_is_deleted_while_a_copy_is_made_and_takes_go_on(make_guest: Cal
         assert set(names) <= set(runs.names(guest))
     take(runs, guest)
     assert not set(names) & set(runs.names(guest))
+
+
+@pytest.mark.parametrize("running", [True, False], ids=["with RAM", "off"])
+def test_an_internal_one_of_a_domain_that_is_off_is_taken_out_of_its_images(  # noqa: PLR0917
+    running: bool,
+    make_guest: Callable[..., Guest],
+    runs: Runs,
+    command: Command,
+    second: Callable[[str], libvirt.virDomain],
+    tmp_path: Path,
+) -> None:
+    policy = a_policy(kind=Kind.INTERNAL)
+    guest = make_guest(disks=2, running=running)
+    run("qemu-img", "create", "-q", "-f", "qcow2", tmp_path / "empty", "64M")
+    if running:
+        guest.write("/mnt/pattern", A)
+    name = runs.run(guest, policy).outcome.snapshot or ""
+    code, _, error = command("restore", guest.name, name, "--as", "other", *(["--linked"] if not running else []))
+    assert (code, "is internal" in error) == (1, True)
+    guest.destroy()
+    for image in guest.images:
+        run("qemu-io", "-c", "write -q -P 0x42 20M 1M", image)
+    runs.run(guest, policy)
+    before = {image: image.read_bytes() for image in guest.images}
+    code, said, error = command("restore", guest.name, name, "--as", f"{guest.name}-copy")
+    assert code == 0, error
+    assert ("not in it: the guest's RAM of then" in said) == running
+    copy = second(f"{guest.name}-copy")
+    files = [guest.directory / f"{guest.name}-copy.{target}.qcow2" for target in guest.targets]
+    for file in files:
+        assert backing_chain(file) == [file]
+        assert file.stat().st_mode & 0o777 == 0o600
+        assert b"kvmsnapd" not in run("qemu-img", "snapshot", "-l", file).encode()
+    if running:
+        assert read_file_in_image(files[0], "/pattern") == A
+    run("qemu-img", "compare", files[1], tmp_path / "empty")
+    boots(copy)
+    folder = tmp_path / "out"
+    folder.mkdir()
+    code, _, error = command("export", guest.name, name, "--files", str(folder))
+    assert code == 0, error
+    assert [file.name for file in sorted(folder.iterdir())] == [
+        f"{guest.name}.{name}.{target}.qcow2" for target in guest.targets
+    ]
+    run("qemu-img", "compare", folder / f"{guest.name}.{name}.vdb.qcow2", tmp_path / "empty")
+    assert {image: image.read_bytes() for image in guest.images} == before
+    assert [d.name() for d in guest.libvirtd.connect().listAllDomains() if "drill" in d.name()] == []
+    assert findings(runs, guest) == []
 
 
 def test_an_internal_snapshot_cannot_be_copied_and_that_is_said(

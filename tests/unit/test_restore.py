@@ -233,6 +233,14 @@ def test_a_state_that_cannot_be_kept_ends_the_restore_and_nothing_is_left(fake: 
     assert not fake.copies
 
 
+def test_the_present_state_is_copied_as_what_the_domain_says_that_its_disk_is(fake: FakeHypervisor) -> None:
+    domain = fake.domains[UUID]
+    fake.domains[UUID] = replace(domain, disks=(replace(domain.disks[0], format="raw"),))
+    restorer(fake).restore(UUID, oldest(fake))
+    ((_, source, _, *source_format),) = (call for call in fake.calls if call[0] == "copy_file")
+    assert (source, source_format) == (domain.disks[0].path, ["raw"])
+
+
 class _CutError(Exception):
     pass
 

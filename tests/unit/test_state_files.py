@@ -182,3 +182,22 @@ def test_clearing_what_is_not_there_is_no_error(tmp_path: Path) -> None:
 def test_other_files_are_no_intents(tmp_path: Path) -> None:
     (tmp_path / "README").touch()
     assert FreezeIntents(tmp_path).outstanding() == []
+
+
+def test_a_file_is_made_by_one_only_and_others_can_tell(tmp_path: Path) -> None:
+    locks, others = DomainLocks(tmp_path), DomainLocks(tmp_path)
+    path = "/images/new.vda.qcow2"
+    assert not others.is_made(path)
+    with locks.making(path):
+        assert others.is_made(path)
+        assert not others.is_made(f"{path}2")
+        with (
+            pytest.raises(DomainLockedError, match=f"{path} is being made by process {os.getpid()}"),
+            others.making(path),
+        ):
+            pass
+        with others.making(f"{path}2"):
+            pass
+    assert not others.is_made(path)
+    with others.making(path):
+        pass
