@@ -139,6 +139,7 @@ class Daemon:
             self._publish,
             read_clock,
             lambda pair: self._executor.locked(pair, "a restore drill"),
+            lambda uuid: locks.reading(uuid, wanted=lambda: not self._stopping.is_set()),
             wanted=lambda: not self._stopping.is_set(),
         )
         self._drills = Drills(driller, read_clock, done=self._tick_wanted.set)

@@ -84,8 +84,11 @@ def format_drill(
     for event in ("on_poweroff", "on_reboot", "on_crash"):
         _set_text(root, event, "destroy")
     if memory_bytes is not None:
+        _drop(root, "memory", "currentMemory", "maxMemory", "numatune")
+        _drop(devices, "memory")
+        for cpu in root.findall("cpu"):
+            _drop(cpu, "numa")  # its cells would decide, and not what is said here
         for element in ("memory", "currentMemory"):
-            _drop(root, element)
             ET.SubElement(root, element, unit="b").text = str(memory_bytes)
     if devices.find("serial") is None and devices.find("console") is None:
         ET.SubElement(devices, "serial", type="pty")

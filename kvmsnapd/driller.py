@@ -21,6 +21,7 @@ from kvmsnapd.errors import (
 from kvmsnapd.events import DrillFinished
 from kvmsnapd.model import Drill, DrillRequest
 from kvmsnapd.naming import DRILL_NAME
+from kvmsnapd.plan import newest_drill
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
     from kvmsnapd.events import Publish
     from kvmsnapd.hypervisor import Hypervisor
-    from kvmsnapd.model import Mark, PairName
+    from kvmsnapd.model import PairName
     from kvmsnapd.policy import DrillRules
 
 
@@ -38,7 +39,8 @@ class Driller:
     """Tries snapshots, each beside its domain, which goes on; so do its takes.
 
     Args:
-        locked: holds a domain's lock; it is held for moments only.
+        locked: holds a domain's lock; it is held for a moment, to write down what came of it.
+        reading: keeps what a domain's snapshots froze from being merged.
         wanted: asked again and again while the copy boots; once it says no the drill is given up.
     """
 
@@ -46,12 +48,13 @@ class Driller:
     publish: Publish
     clock: Callable[[], datetime]
     locked: Callable[[PairName], AbstractContextManager[None]]
+    reading: Callable[[str], AbstractContextManager[None]]
     wanted: Callable[[], bool] = lambda: True
     stopwatch: Callable[[], float] = time.monotonic
     progress: Callable[[str], AbstractContextManager[object]] = field(default=lambda _what: nullcontext())
 
     def drill(self, pair: PairName, snapshot: str, rules: DrillRules) -> Drill:
-        """Boot a copy of the snapshot, note in its description what came of it, and return that.
+        """Boot a copy of the snapshot, and return what came of it; it is noted in the description of the newest one.
 
         Raises:
             DrillRefusedError: it could not be tried, or was given up; nothing is left, and nothing noted.
@@ -61,18 +64,18 @@ class Driller:
         started = self.stopwatch()
         failure: str | None = None
         reason = ""
-        files = self._prepare(pair, snapshot, own)
-        noted: Drill | None = None
-        try:
-            made = self._boot(pair, snapshot, own, files, rules)
-            failure, reason = made or (None, "")
-            ended = self.clock().replace(microsecond=0)
-            noted = Drill(ended, failure, None if failure else ended)
-        finally:
-            for path in files.values():
-                with suppress(HypervisorError):  # doctor names it
-                    self.hypervisor.remove_file(path)
-            drill = self._note(pair, snapshot, own, noted)
+        with self.reading(pair.domain_uuid):  # nothing is merged below the copy
+            files = self._plan(pair, snapshot, own)
+            try:
+                made = self._boot(pair, snapshot, own, files, rules)
+                failure, reason = made or (None, "")
+                ended = self.clock().replace(microsecond=0)
+                drill = Drill(ended, failure, None if failure else ended)
+            finally:
+                for path in files.values():
+                    with suppress(HypervisorError):  # doctor names it
+                        self.hypervisor.remove_file(path)
+        drill = self._note(pair, snapshot, drill)
         self.publish(
             DrillFinished(
                 pair=pair,
@@ -83,22 +86,19 @@ class Driller:
                 duration_seconds=self.stopwatch() - started,
             )
         )
-        return drill or noted  # the snapshot may have been deleted by hand meanwhile
+        return drill
 
-    def _prepare(self, pair: PairName, name: str, own: str) -> dict[str, str]:
-        """Hold the snapshot for the drill, and return the overlays' paths."""
-        with self.locked(pair):
-            domain = self.hypervisor.domain(pair.domain_uuid)
-            found = next((s for s in domain.snapshots if s.name == name), None)
-            if found is None:
-                msg = f"{pair.domain} has no snapshot {name} any more; nothing was tried"
-                raise SnapshotNotFoundError(msg, operation="drill", domain=pair.domain)
-            plan = plan_drill(domain, found, own)
-            if isinstance(plan, str):
-                raise DrillRefusedError(plan)
-            if found.mark:
-                self._describe(pair, name, replace(found.mark, linked=(*found.mark.linked, own)))
-            return plan.files
+    def _plan(self, pair: PairName, name: str, own: str) -> dict[str, str]:
+        """Return the overlays' paths."""
+        domain = self.hypervisor.domain(pair.domain_uuid)
+        found = next((s for s in domain.snapshots if s.name == name), None)
+        if found is None:
+            msg = f"{pair.domain} has no snapshot {name} any more; nothing was tried"
+            raise SnapshotNotFoundError(msg, operation="drill", domain=pair.domain)
+        plan = plan_drill(domain, found, own)
+        if isinstance(plan, str):
+            raise DrillRefusedError(plan)
+        return plan.files
 
     def _boot(
         self, pair: PairName, name: str, own: str, files: dict[str, str], rules: DrillRules
@@ -132,19 +132,20 @@ class Driller:
             msg = f"libvirt could put no overlay on it: {error}"
             raise DrillFailedError(msg, reason="start") from error
 
-    def _note(self, pair: PairName, name: str, own: str, drill: Drill | None) -> Drill | None:
-        """Take the hold back, and write down what came of the drill."""
-        with self.locked(pair):
-            snapshots = self.hypervisor.domain(pair.domain_uuid).snapshots
-            mark = next((s.mark for s in snapshots if s.name == name), None)
-            if mark is None:
-                return None
-            if drill and drill.failure is not None:
-                known = [s.mark.drill for s in snapshots if s.mark and s.mark.policy == mark.policy and s.mark.drill]
-                drill = replace(drill, verified_at=max((d.verified_at for d in known if d.verified_at), default=None))
-            linked = tuple(other for other in mark.linked if other != own)
-            self._describe(pair, name, replace(mark, linked=linked, drill=drill or mark.drill))
-            return drill
+    def _note(self, pair: PairName, name: str, drill: Drill) -> Drill:
+        """Write down what came of the drill, if it was of the policy's newest snapshot; return it with what was before.
 
-    def _describe(self, pair: PairName, name: str, mark: Mark) -> None:
-        self.hypervisor.describe_snapshot(pair.domain_uuid, name, mark)
+        That of an older one says nothing of the newest, by which people and alerts go.
+        """
+        with self.locked(pair):
+            domain = self.hypervisor.domain(pair.domain_uuid)
+            mark = next((s.mark for s in domain.snapshots if s.name == name), None)
+            if mark is None:
+                return drill  # deleted by hand meanwhile, or a foreign one
+            last = newest_drill(domain, mark.policy)
+            if drill.failure is not None and last:
+                drill = replace(drill, verified_at=last.verified_at)
+            own = (s.mark for s in domain.of_policy(mark.policy) if s.mark and s.mark.scheduled_at <= self.clock())
+            if mark == max(own, key=lambda mark: (mark.scheduled_at, mark.attempt), default=None):
+                self.hypervisor.describe_snapshot(pair.domain_uuid, name, replace(mark, drill=drill))
+            return drill

@@ -43,6 +43,7 @@ def verify(arguments: argparse.Namespace) -> int:
             keep,
             read_clock,
             lambda name: work.locked(name, f"drill of {snapshot.name}"),
+            lambda uuid: work.locks.reading(uuid, wanted=work.wanted),
             wanted=work.wanted,
             progress=show,
         )

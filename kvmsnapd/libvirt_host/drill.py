@@ -13,7 +13,7 @@ import libvirt
 
 from kvmsnapd.domain_copy import format_drill
 from kvmsnapd.domain_xml import AGENT_CHANNEL, parse_domain, read_xml
-from kvmsnapd.errors import DrillFailedError, DrillRefusedError
+from kvmsnapd.errors import DrillFailedError, DrillRefusedError, HypervisorError
 from kvmsnapd.libvirt_host.translate import broken_connection
 
 if TYPE_CHECKING:
@@ -29,8 +29,19 @@ _OVERHEAD_BYTES = 256 * 2**20
 _LAST_LINES = 3
 
 
-def run_drill(connection: Any, snapshot_xml: str, request: DrillRequest, wanted: Callable[[], bool]) -> None:  # noqa: ANN401
-    """See the port. libvirt ends the domain when this connection closes (AUTODESTROY), so SIGKILL leaves none."""
+def run_drill(
+    connection: Any,  # noqa: ANN401
+    snapshot_xml: str,
+    request: DrillRequest,
+    *,
+    wanted: Callable[[], bool],
+    remove: Callable[[str], None],
+) -> None:
+    """See the port. libvirt ends the domain when this connection closes (AUTODESTROY), so SIGKILL leaves none.
+
+    Args:
+        remove: deletes the file of firmware variables that libvirt has made for it.
+    """
     text = format_drill(
         snapshot_xml,
         name=request.name,
@@ -46,11 +57,16 @@ def run_drill(connection: Any, snapshot_xml: str, request: DrillRequest, wanted:
             raise
         msg = f"libvirt could not start a copy of it: {error}"
         raise DrillFailedError(msg, reason="start") from error
+    variables = ""
     try:
+        variables = read_xml(handle.XMLDesc(0)).findtext("os/nvram", "")
         _wait(connection, handle, request, wanted)
     finally:
         with suppress(libvirt.libvirtError):  # it has ended by itself
             handle.destroy()
+        if request.name in variables:
+            with suppress(HypervisorError):
+                remove(variables)
 
 
 def _refuse(connection: Any, text: str, request: DrillRequest) -> None:  # noqa: ANN401

@@ -133,7 +133,7 @@ class WaysBack:
         """See the port."""
         with translated_errors("drill", domain=request.domain_uuid):
             text = self._text_of(request.domain_uuid, request.snapshot)
-            run_drill(self._writing.get(), text, request, wanted)
+            run_drill(self._writing.get(), text, request, wanted=wanted, remove=self._pools.remove)
 
     def _text_of(self, domain_uuid: str, snapshot: str) -> str:
         return str(self._look_up(domain_uuid).snapshotLookupByName(snapshot, 0).getXMLDesc(_SECRETS))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -25,6 +25,7 @@ from tests.fakes import FakeHypervisor, raising
 from tests.unit.test_restore import taken_on, with_mark
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from datetime import datetime
 
     from kvmsnapd.events import Event
@@ -82,11 +83,23 @@ class Ground:
     fake: FakeHypervisor
     events: list[Event] = field(default_factory=list)
     wanted: bool = True
+    read: bool = False
 
     def __post_init__(self) -> None:
         self.driller = Driller(
-            self.fake, self.events.append, lambda: NOW, lambda _pair: nullcontext(), wanted=lambda: self.wanted
+            self.fake,
+            self.events.append,
+            lambda: NOW,
+            lambda _pair: nullcontext(),
+            self.reading,
+            wanted=lambda: self.wanted,
         )
+
+    @contextmanager
+    def reading(self, _domain_uuid: str) -> Iterator[None]:
+        self.read = True
+        yield
+        self.read = False
 
     @property
     def snapshot(self) -> Snapshot:
@@ -103,21 +116,15 @@ def ground() -> Ground:
     return Ground(fake)
 
 
-def held(ground: Ground) -> tuple[str, ...]:
-    mark = ground.snapshot.mark
-    assert mark
-    return mark.linked
-
-
 def test_a_good_one_is_noted_and_nothing_is_left(ground: Ground) -> None:
-    seen: list[tuple[str, ...]] = []
-    ground.fake.before["run_drill"].append(lambda: seen.append(held(ground)))
+    seen: list[bool] = []
+    ground.fake.before["run_drill"].append(lambda: seen.append(ground.read))
     drill = ground.drill()
     assert drill == Drill(NOW, None, NOW)
     assert ground.snapshot.mark
     assert ground.snapshot.mark.drill == drill
-    assert len(seen[0]) == 1  # held while it is read
-    assert (held(ground), ground.fake.copies) == ((), {})
+    assert (seen, ground.read) == ([True], False)
+    assert ground.fake.copies == {}
     (event,) = ground.events
     assert isinstance(event, DrillFinished)
     assert (event.ok, event.reason) == (True, "")
@@ -130,7 +137,7 @@ def test_a_failed_one_is_noted_with_its_reason_and_the_last_good_one(ground: Gro
     event = ground.events[-1]
     assert isinstance(event, DrillFinished)
     assert (event.ok, event.reason, event.detail) == (False, "ended", "the copy ended")
-    assert (held(ground), ground.fake.copies) == ((), {})
+    assert ground.fake.copies == {}
 
 
 def test_what_libvirt_says_of_a_damaged_image_is_a_failure_of_the_snapshot(ground: Ground) -> None:
@@ -145,7 +152,17 @@ def test_what_is_no_word_on_the_snapshot_is_not_noted(ground: Ground, error: Exc
         ground.drill()
     assert ground.snapshot.mark
     assert ground.snapshot.mark.drill is None
-    assert (held(ground), ground.fake.copies, ground.events) == ((), {}, [])
+    assert (ground.fake.copies, ground.events) == ({}, [])
+
+
+def test_that_of_an_older_snapshot_says_nothing_of_the_newest(ground: Ground) -> None:
+    ground.fake.add(taken_on(*hourly_snapshots(2)))
+    old, new = ground.fake.domain(UUID).snapshots
+    assert ground.driller.drill(NAME, old.name, RULES).failure is None
+    assert ground.fake.domain(UUID).snapshots == (old, new)
+    ground.driller.drill(NAME, new.name, RULES)
+    assert ground.fake.domain(UUID).snapshots[0] == old
+    assert (ground.fake.domain(UUID).snapshots[1].mark or old.mark) != new.mark
 
 
 def test_one_that_cannot_be_made_is_told_and_tried_again_in_an_hour(ground: Ground) -> None:
