@@ -147,7 +147,7 @@ def parse_mark(name: str, description: str) -> Mark | None:
             restoring=_parse_restoring(restoring) if restoring else None,
             drill=_parse_drill(drill) if drill else None,
         )
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return None
 
 
