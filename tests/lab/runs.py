@@ -82,10 +82,6 @@ class Runs:
         selectors = {guest.name: chosen for guest, chosen in policies.items()}
         return survey(known, selectors, self.host.inventory(), now=self.now)
 
-    def names(self, guest: Guest) -> list[str]:
-        """Return the names of the guest's snapshots, sorted: ours of one policy oldest first. By libvirt's word."""
-        return sorted(guest.domain.snapshotListNames())
-
     def close(self) -> None:
         """Close the connections."""
         self.host.close()

@@ -93,7 +93,7 @@ def assert_failed(ran: Ran, guest: Guest, names: list[str], reason: str = "agent
     said = [event.reason for event in ran.events if isinstance(event, RunSkipped | SnapshotFailed)]
     assert (ran.outcome.wants_retry, said) == (True, [reason])
     assert ran.of(SnapshotTaken) == []
-    assert sorted(guest.domain.snapshotListNames()) == names
+    assert guest.snapshots == names
     assert len(backing_chain(guest.active_image())) == 1 + len(names)
 
 

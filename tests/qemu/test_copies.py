@@ -171,7 +171,7 @@ def test_a_copy_boots_and_holds_its_moment_while_the_original_writes_on(
     assert guest.read("/mnt/pattern") == B
     take(runs, guest)
     take(runs, guest)
-    assert name not in runs.names(guest)  # nothing holds it
+    assert name not in guest.snapshots  # nothing holds it
     copy.destroy()
     assert read_file_in_image(Path(answer["files"]["vda"]), "/pattern") == A
 
@@ -247,7 +247,7 @@ def test_killed_or_stopped_in_a_copy_nothing_is_defined_and_the_same_call_makes_
     run("virsh", "-c", guest.libvirtd.uri, "undefine", f"{guest.name}-copy", "--nvram")
     take(runs, guest)
     take(runs, guest)
-    assert name not in runs.names(guest)
+    assert name not in guest.snapshots
 
 
 class Killed(BaseException):
@@ -295,7 +295,7 @@ def test_a_link_that_was_cut_off_holds_nothing_and_its_overlay_is_named(
     assert mark
     assert mark.linked[-1] == copy.UUIDString()
     names = [take(runs, guest) for _ in range(3)]
-    assert {name, *names[1:]} == set(runs.names(guest))
+    assert {name, *names[1:]} == set(guest.snapshots)
     (mark,) = (s.mark for s in runs.host.domain(uuid).snapshots if s.name == name)
     assert mark
     assert mark.linked == (copy.UUIDString(),)  # that of the first attempt is dropped
@@ -352,7 +352,7 @@ def test_a_linked_copy_holds_its_snapshot_for_as_long_as_it_exists(
     assert Path(file).stat().st_size < 300 * 1024
     for _ in range(3):
         take(runs, guest)
-    assert {below, name} <= set(runs.names(guest))
+    assert {below, name} <= set(guest.snapshots)
     boots(copy)
     copy.destroy()
     assert read_file_in_image(Path(file), "/pattern") == A
@@ -368,7 +368,7 @@ def test_a_linked_copy_holds_its_snapshot_for_as_long_as_it_exists(
     )  # of the same name, and another
     take(runs, guest)
     take(runs, guest)
-    assert not {below, name} & set(runs.names(guest))
+    assert not {below, name} & set(guest.snapshots)
     assert guest.read("/mnt/pattern") == B
 
 
@@ -430,9 +430,9 @@ def test_nothing_is_deleted_while_a_copy_is_made_and_takes_go_on(make_guest: Cal
     with runs.executor.locks.reading(uuid):
         ran = runs.run(guest, POLICY)
         assert (ran.outcome.result, ran.outcome.deleted, ran.outcome.blocked) == (Result.TAKEN, 0, 1)
-        assert set(names) <= set(runs.names(guest))
+        assert set(names) <= set(guest.snapshots)
     take(runs, guest)
-    assert not set(names) & set(runs.names(guest))
+    assert not set(names) & set(guest.snapshots)
 
 
 @pytest.mark.parametrize("running", [True, False], ids=["with RAM", "off"])

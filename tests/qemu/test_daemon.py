@@ -53,14 +53,9 @@ def policy(guest: Guest, *, every: str, keep: str, more: str = "") -> str:
     )
 
 
-def names(guest: Guest) -> list[str]:
-    """Return the names of the guest's snapshots, oldest first."""
-    return sorted(guest.domain.snapshotListNames())
-
-
 def slots(guest: Guest) -> list[datetime]:
     """Return the slots of our snapshots, with repetitions if there are any."""
-    return [parsed[1] for name in names(guest) if (parsed := parse_name(name))]
+    return [parsed[1] for name in guest.snapshots if (parsed := parse_name(name))]
 
 
 def frozen_layer(guest: Guest, snapshot: str) -> Path:
@@ -86,9 +81,9 @@ def test_quiesced_snapshots_hold_the_pattern_of_their_moment_byte_for_byte(
         held[taken[-1]["snapshot"]] = patterns[-1]
         patterns.append(os.urandom(200_000))
         guest.write("/mnt/pattern", patterns[-1])
-    daemon.wait_for(lambda: len(names(guest)) == 3)
+    daemon.wait_for(lambda: len(guest.snapshots) == 3)
     assert daemon.kill(signal.SIGTERM) == 0
-    survivors = names(guest)
+    survivors = guest.snapshots
     assert set(survivors) <= set(held)
     assert survivors == sorted(held)[-3:]
     for name in survivors:
@@ -145,7 +140,7 @@ def test_killed_between_and_during_takes_it_takes_nothing_twice_and_catches_up_o
     assert up_at - datetime.fromisoformat(first["scheduled_at"]) < timedelta(seconds=6)
     missed = [slot for slot in set(slots(guest)) - before if down_at < slot < up_at - timedelta(seconds=6)]
     assert missed == []
-    assert "before-upgrade" in names(guest)
+    assert "before-upgrade" in guest.snapshots
     assert not guest.frozen()
     assert guest.alive()
     assert list(intents.iterdir()) == []
@@ -157,7 +152,7 @@ def test_libvirtd_restarted_under_the_daemon_is_found_again(
     guest = make_guest()
     daemon = start_daemon(policy(guest, every="3s", keep="last: 3"))
     daemon.wait_for(lambda: daemon.metrics()["kvmsnapd_libvirt_up",] == 1)
-    daemon.wait_for(lambda: names(guest))
+    daemon.wait_for(lambda: guest.snapshots)
     libvirtd.kill()
     daemon.wait_for(lambda: daemon.metrics()["kvmsnapd_libvirt_up",] == 0)
     libvirtd.start()
@@ -199,7 +194,7 @@ def test_a_shut_off_guest_is_taken_once_and_again_when_it_runs(
     assert [event["consistency"] for event in daemon.events("snapshot.taken")] == ["offline"]
     guest.start()
     guest.wait_up()
-    daemon.wait_for(lambda: len(daemon.events("snapshot.deleted")) >= 2 and len(names(guest)) == 2)
+    daemon.wait_for(lambda: len(daemon.events("snapshot.deleted")) >= 2 and len(guest.snapshots) == 2)
     daemon.kill(signal.SIGTERM)
     assert not [event for event in daemon.events("snapshot.taken")[1:] if event["consistency"] == "offline"]
     check_image(guest.active_image())
@@ -214,7 +209,7 @@ def test_a_full_metrics_scrape_tells_what_virsh_tells(
     key = (guest.name, "standard")
     scrape = daemon.wait_for(lambda: (m := daemon.metrics())["kvmsnapd_snapshots", *key] == 1 and m)
     created_at = int(
-        ET.fromstring(guest.domain.snapshotLookupByName(names(guest)[0]).getXMLDesc()).findtext("creationTime", "")  # noqa: S314
+        ET.fromstring(guest.domain.snapshotLookupByName(guest.snapshots[0]).getXMLDesc()).findtext("creationTime", "")  # noqa: S314
     )
     assert abs(scrape["kvmsnapd_last_success_timestamp_seconds", *key] - created_at) < 3
     assert scrape["kvmsnapd_expected_interval_seconds", *key] == 3600

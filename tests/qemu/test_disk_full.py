@@ -110,7 +110,7 @@ def meanwhile(runs: Runs, call: str, do: Callable[[], object]) -> Iterator[None]
 
 def state_of(guest: Guest) -> dict[str, Any]:
     """Return all that a failed call could have changed: records, definition, files, what is inside the images."""
-    snapshots = {name: guest.libvirtd.virsh("snapshot-dumpxml", guest.name, name) for name in names(guest)}
+    snapshots = {name: guest.libvirtd.virsh("snapshot-dumpxml", guest.name, name) for name in guest.snapshots}
     chains = [backing_chain(guest.active_image(target)) for target in guest.targets]
     inside = [
         json.loads(run("qemu-img", "info", "-U", "--output=json", layer)).get("snapshots", [])
@@ -127,10 +127,6 @@ def state_of(guest: Guest) -> dict[str, Any]:
     }
 
 
-def names(guest: Guest) -> list[str]:
-    return sorted(guest.domain.snapshotListNames())
-
-
 def frozen_layer(guest: Guest, snapshot: str) -> Path:
     record = ET.fromstring(guest.libvirtd.virsh("snapshot-dumpxml", guest.name, snapshot))  # noqa: S314
     source = record.find("domain/devices/disk/source")
@@ -140,7 +136,7 @@ def frozen_layer(guest: Guest, snapshot: str) -> Path:
 
 def assert_holds(guest: Guest, *patterns: bytes, but: int = 0) -> None:
     """Assert that all external snapshots but the oldest ones hold these, and that no layer is damaged."""
-    layers = [frozen_layer(guest, name) for name in names(guest)[but:]]
+    layers = [frozen_layer(guest, name) for name in guest.snapshots[but:]]
     assert [read_file_in_image(layer, "/pattern") for layer in layers] == [*patterns]
     for layer in backing_chain(guest.active_image()):
         assert_undamaged(layer)
@@ -220,7 +216,7 @@ def test_full_in_a_merge(
     else:
         assert [dict(event.blocked) for event in ran.of(PruneBlocked)] == [{"needs_running": 1}]
     # Chain and data of all others are as they were; the one to be deleted is still there, with part of the newer data.
-    assert len(names(guest)) == 3
+    assert len(guest.snapshots) == 3
     assert guest.state == (libvirt.VIR_DOMAIN_RUNNING if running else libvirt.VIR_DOMAIN_SHUTOFF)
     assert_holds(guest, SECOND, THIRD, but=1)
     assert {*guest.directory.iterdir()} == {*backing_chain(guest.active_image())}
@@ -260,7 +256,7 @@ def test_after_a_merge_that_failed_a_power_cut_loses_nothing(
     os.kill(guest.pid, signal.SIGKILL)
     while guest.state != libvirt.VIR_DOMAIN_SHUTOFF:
         time.sleep(0.1)
-    assert_holds(guest, THIRD, THIRD, but=len(names(guest)) - 2)
+    assert_holds(guest, THIRD, THIRD, but=len(guest.snapshots) - 2)
     assert read_file_in_image(guest.active_image(), "/pattern") == THIRD
 
 
@@ -303,7 +299,7 @@ def test_full_when_an_internal_snapshot_is_taken(
     guest.destroy()
     image = guest.active_image()
     assert_undamaged(image)
-    for name, pattern in zip(names(guest), (FIRST, SECOND), strict=True):
+    for name, pattern in zip(guest.snapshots, (FIRST, SECOND), strict=True):
         copy = guest.console.with_name("copy")
         run("qemu-img", "convert", "-l", f"snapshot.name={name}", "-O", "qcow2", image, copy)
         assert read_file_in_image(copy, "/pattern") == pattern

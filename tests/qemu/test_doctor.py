@@ -187,7 +187,7 @@ def troubles(host: Host, make_guest: Callable[..., Guest], runs: Runs) -> Troubl
 
     if runs.host.capabilities().revert_external:
         branch = make("branch", takes=2)
-        libvirtd.virsh("snapshot-revert", branch.name, runs.names(branch)[0])
+        libvirtd.virsh("snapshot-revert", branch.name, branch.snapshots[0])
         take(branch, 1)
 
     # In the folder of another, whose image has another name.
@@ -260,7 +260,7 @@ def test_every_trouble_is_found_and_nothing_is_changed(host: Host, troubles: Tro
 
 def test_the_commands_that_doctor_names_end_what_they_are_named_for(host: Host, troubles: Troubles) -> None:
     guests, files = troubles.guests, troubles.files
-    listed = {trouble: g.domain.snapshotListNames() for trouble, g in guests.items() if trouble != "gone"}
+    listed = {trouble: g.snapshots for trouble, g in guests.items() if trouble != "gone"}
     done: list[str] = []
     # What stands on another file is to go first; then its own command is named.
     for _ in range(5):
@@ -284,7 +284,7 @@ def test_the_commands_that_doctor_names_end_what_they_are_named_for(host: Host, 
     # Nothing that is in use has gone, nor a record of a snapshot whose data is there.
     for trouble in set(guests) - {"gone", "handmade"}:
         assert all(layer.exists() for layer in overlays_of(guests[trouble]))
-        assert guests[trouble].domain.snapshotListNames() == listed[trouble]
+        assert guests[trouble].snapshots == listed[trouble]
 
 
 def test_an_active_layer_that_is_gone_is_told_and_nothing_is_advised_that_would_lose_more(
@@ -321,7 +321,7 @@ def test_a_covered_file_that_is_gone_takes_its_snapshot_along(
     host.daemon()
     (found,) = host.doctor("--json").findings
     assert (found["subject"], found["level"], found["command"]) == (guest.name, "problem", None)
-    assert f"the data of snapshot {runs.names(guest)[1]} is gone: there is no {covered}" in found["text"]
+    assert f"the data of snapshot {guest.snapshots[1]} is gone: there is no {covered}" in found["text"]
 
 
 def test_who_may_only_read_is_told_all_that_reading_shows(
@@ -374,7 +374,7 @@ def test_a_stray_layer_on_top_is_merged_by_the_command_alone(
     guest.start()
     guest.wait_up()
     assert guest.execute("grep -q before /mnt/before && grep -q after /mnt/after") is None
-    assert len(runs.names(guest)) == 1
+    assert len(guest.snapshots) == 1
 
 
 @pytest.mark.parametrize("libvirtd", ["libvirt11"], indirect=True)
@@ -386,7 +386,7 @@ def test_the_other_branch_after_a_revert_is_not_called_broken(
     for _ in range(2):
         touch(guest)
         assert runs.run(guest, STANDARD).outcome.result == "taken"
-    first, second = runs.names(guest)
+    first, second = guest.snapshots
     host.libvirtd.virsh("snapshot-revert", guest.name, first)
     touch(guest)
     assert runs.run(guest, STANDARD).outcome.result == "taken"

@@ -86,11 +86,6 @@ def desk(libvirtd: Libvirtd, tmp_path: Path) -> Iterator[Desk]:
             process.communicate()
 
 
-def names(guest: Guest) -> list[str]:
-    """Return the names of the guest's snapshots, oldest first."""
-    return sorted(guest.domain.snapshotListNames())
-
-
 def wait_for(condition: Callable[[], object], within_s: float = 60.0) -> None:
     deadline = time.monotonic() + within_s
     while not condition():
@@ -109,12 +104,12 @@ def test_a_take_beside_the_daemon_is_held_through_its_retention(make_guest: Call
     guest.write("/mnt/pattern", b"before the upgrade")
     desk.configure(guest, every="2s", keep="last: 2")
     desk.daemon.start()
-    desk.daemon.wait_for(lambda: len(names(guest)) >= 2)
+    desk.daemon.wait_for(lambda: len(guest.snapshots) >= 2)
     held = desk.take(guest, "--hold", "upgrade")
     guest.write("/mnt/pattern", b"after it")
-    later = desk.daemon.wait_for(lambda: [n for n in names(guest) if n > held][1:])[-1]
-    desk.daemon.wait_for(lambda: min(n for n in names(guest) if n != held) > later)
-    assert held in names(guest)
+    later = desk.daemon.wait_for(lambda: [n for n in guest.snapshots if n > held][1:])[-1]
+    desk.daemon.wait_for(lambda: min(n for n in guest.snapshots if n != held) > later)
+    assert held in guest.snapshots
     assert guest.alive()
     assert [e for e in desk.daemon.events() if e["event"] in {"snapshot.failed", "snapshot.delete_failed"}] == []
     document = ET.fromstring(guest.domain.snapshotLookupByName(held).getXMLDesc())  # noqa: S314  # libvirt's own
@@ -123,7 +118,7 @@ def test_a_take_beside_the_daemon_is_held_through_its_retention(make_guest: Call
     assert read_file_in_image(Path(source.attrib["file"]), "/pattern") == b"before the upgrade"
     out, _ = desk.run("release", guest.name, held)
     assert "it was held: upgrade" in out
-    desk.daemon.wait_for(lambda: held not in names(guest))
+    desk.daemon.wait_for(lambda: held not in guest.snapshots)
     assert guest.read("/mnt/pattern") == b"after it"
 
 
@@ -138,10 +133,10 @@ def test_prune_goes_past_the_fuse_and_the_guest_runs_on(make_guest: Callable[...
     desk.configure(guest, keep="last: 2", more=", max_deletes_per_run: 1")
     _, err = desk.run("prune", code=2)
     assert "add --yes" in err
-    assert names(guest) == sorted(taken)
+    assert guest.snapshots == sorted(taken)
     out, _ = desk.run("prune", "--yes")
     assert out.splitlines()[-1] == "3 of 3 deleted."
-    assert names(guest) == sorted(taken)[-2:]
+    assert guest.snapshots == sorted(taken)[-2:]
     assert guest.read("/mnt/pattern") == b"now"
     assert guest.alive()
     chain = backing_chain(guest.active_image())
@@ -167,7 +162,7 @@ def test_after_forget_libvirt_lets_the_domain_go_with_its_data(
     assert "which is held: audit" in out
     assert f"vda: {guest.images[0]}" in out
     assert "virsh undefine and migrate accept it" in out
-    assert names(guest) == []
+    assert guest.snapshots == []
     assert sorted(guest.directory.glob("*.qcow2")) == guest.images
     assert not running or (guest.alive() and guest.read("/mnt/pattern") == b"now")
     undefine(guest)
@@ -185,7 +180,7 @@ def test_forget_stops_at_a_foreign_snapshot_and_says_so(make_guest: Callable[...
     assert f"  delete  {above}" in out
     assert f"  stays   {below}  foreign_child: " in out
     assert "  stays   mine  foreign: never touched" in out
-    assert names(guest) == [below, "mine"]
+    assert guest.snapshots == [below, "mine"]
     guest.domain.snapshotLookupByName("mine").delete(0)
     desk.run("forget", guest.name, "--yes")
     undefine(guest)
@@ -251,9 +246,9 @@ def test_ctrl_c_ends_what_goes_on_and_begins_nothing_more(merging: Merging, desk
     assert f"Stopping: {merging.guest.name}: deleting {merging.first} goes on, and nothing more is begun." in err
     assert f"{merging.second} is still there: changed: nothing more was to be begun" in err
     assert out.splitlines()[-1] == "1 of 2 deleted."
-    assert names(merging.guest) == [merging.second, merging.newest]
+    assert merging.guest.snapshots == [merging.second, merging.newest]
     desk.run("prune", "--yes")
-    assert names(merging.guest) == [merging.newest]
+    assert merging.guest.snapshots == [merging.newest]
     merging.is_right()
 
 
@@ -269,12 +264,12 @@ def test_one_who_leaves_at_once_loses_nothing(merging: Merging, desk: Desk, how:
     _, err = merging.process.communicate(timeout=60)
     assert merging.process.returncode == (-signal.SIGKILL if how == "SIGKILL" else 130)
     assert how == "SIGKILL" or f"Left: libvirt ends deleting {merging.first} by itself" in err
-    wait_for(lambda: merging.first not in names(guest))
-    assert names(guest) == [merging.second, merging.newest]
+    wait_for(lambda: merging.first not in guest.snapshots)
+    assert guest.snapshots == [merging.second, merging.newest]
     out, _ = desk.run("doctor", "--json")
     assert "cut off" not in out
     desk.run("prune", "--yes")
-    assert names(guest) == [merging.newest]
+    assert guest.snapshots == [merging.newest]
     merging.is_right()
 
 
@@ -287,11 +282,11 @@ def test_killed_with_libvirtd_in_a_merge_doctor_names_what_is_left_and_prune_end
     libvirtd.start()
     guest = merging.guest
     wait_for(lambda: not guest.domain.blockJobInfo("vda", 0))
-    if merging.first in names(guest):  # unless QEMU was just done with it
+    if merging.first in guest.snapshots:  # unless QEMU was just done with it
         out, _ = desk.run("doctor", code=1)
         assert merging.first in out
     desk.run("prune", "--yes")
-    assert names(guest) == [merging.newest]
+    assert guest.snapshots == [merging.newest]
     merging.is_right()
 
 
@@ -312,7 +307,7 @@ def test_others_wait_for_a_merge_and_are_told_for_whom(merging: Merging, desk: D
     assert "is held: precious" in out
     merging.process.communicate(timeout=60)
     assert merging.process.returncode == 0
-    assert names(merging.guest) == [merging.newest]
+    assert merging.guest.snapshots == [merging.newest]
 
 
 # Progress

@@ -105,8 +105,8 @@ def test_the_guest_reads_a_the_kept_state_reads_b_and_the_schedule_goes_on(
         ran = runs.run(guest, policy)
         assert ran.outcome.result is Result.TAKEN, (number, ran.events)
         assert ran.outcome.blocked == 0, (number, ran.events)
-    assert kept in runs.names(guest)
-    assert len(runs.names(guest)) == 5
+    assert kept in guest.snapshots
+    assert len(guest.snapshots) == 5
     assert guest.read("/mnt/pattern") == A
     if name == "external":
         assert findings(runs, guest) == []

@@ -137,7 +137,7 @@ def test_readme_shows_what_the_commands_say(db01: Guest, libvirtd: Libvirtd) -> 
     run("export", f"export db01 newest --files {_IMAGES}/out")
     db01.write("/mnt/x", b"x")
     run("restore", f"restore db01 {held} --yes")
-    kept = next(name for name in db01.domain.snapshotListNames() if name != held)
+    kept = next(name for name in db01.snapshots if name != held)
     wait_up(db01)
     assert kept
     for _ in range(3):
@@ -164,7 +164,7 @@ def test_readme_shows_what_the_commands_say(db01: Guest, libvirtd: Libvirtd) -> 
 
 
 def newest(guest: Guest) -> str:
-    return max(guest.domain.snapshotListNames())
+    return max(guest.snapshots)
 
 
 def wait_up(guest: Guest) -> None:

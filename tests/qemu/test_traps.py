@@ -130,7 +130,7 @@ def test_trap_1_the_longest_policy_name_is_taken_and_deleted_whatever_a_person_n
     assert len(policy.name) == 32
     taken = [runs.run(guest, policy).outcome for _ in range(3)]
     assert [(t.result, t.deleted) for t in taken] == [(Result.TAKEN, 0), (Result.TAKEN, 1), (Result.TAKEN, 1)]
-    assert set(runs.names(guest)) == {person, taken[-1].snapshot}
+    assert set(guest.snapshots) == {person, taken[-1].snapshot}
     assert set(snapshots_in(guest.images[0])) == {person, taken[-1].snapshot}
     # The name of a second attempt is one of the longest as well: somebody has the first one.
     slot = policy.schedule.next_slot(runs.now)
@@ -184,7 +184,7 @@ def test_trap_2_libvirtd_killed_in_an_internal_snapshot_of_a_running_guest(
     while guest.state != libvirt.VIR_DOMAIN_SHUTOFF and time.monotonic() < deadline:
         time.sleep(0.05)
     before = state_and_reason(guest)
-    assert runs.names(guest) == []
+    assert guest.snapshots == []
     if before[0] == libvirt.VIR_DOMAIN_SHUTOFF:
         assert before[1] == libvirt.VIR_DOMAIN_SHUTOFF_DAEMON
         consistency = Consistency.OFFLINE
@@ -207,7 +207,7 @@ def test_trap_2_libvirtd_killed_in_an_internal_snapshot_of_a_running_guest(
     assert ran.outcome.result is Result.TAKEN
     # Not the orphan's name: the file would have it twice, and libvirt would delete one of them.
     assert ran.outcome.snapshot == f"{failed.snapshot}-2"
-    assert runs.names(guest) == [ran.outcome.snapshot]
+    assert guest.snapshots == [ran.outcome.snapshot]
     inside = snapshots_in(guest.images[0])
     assert (inside.count(ran.outcome.snapshot), inside.count(failed.snapshot)) in {(1, 0), (1, 1)}
     mark = newest(runs, guest).mark
@@ -227,7 +227,7 @@ def test_trap_3_a_managed_saved_guest_is_left_alone_until_it_is_started(
     guest = make_guest()
     for _ in range(2):
         assert runs.run(guest, a_policy(keep="last=2")).outcome.result is Result.TAKEN
-    names = runs.names(guest)
+    names = guest.snapshots
     libvirtd.virsh("managedsave", guest.name)
     disks = {path: path.read_bytes() for path in guest.directory.glob("*.qcow2")}
     policy = a_policy(keep="last=1")  # something is there to be pruned, too
@@ -237,7 +237,7 @@ def test_trap_3_a_managed_saved_guest_is_left_alone_until_it_is_started(
         assert (ran.outcome.result, skipped.reason) == (Result.SKIPPED, RefusalReason.MANAGED_SAVE)
         assert f"virsh start {guest.name}" in skipped.detail
     assert any("managed_save" in finding.text for finding in findings(runs, guest, policy))
-    assert runs.names(guest) == names
+    assert guest.snapshots == names
     assert {path: path.read_bytes() for path in guest.directory.glob("*.qcow2")} == disks
 
     libvirtd.virsh("start", guest.name)
@@ -261,7 +261,7 @@ def test_trap_4_a_tree_of_both_kinds_is_neither_added_to_nor_pruned(
     for _ in range(2):
         assert runs.run(guest, external).outcome.result is Result.TAKEN
     guest.domain.snapshotCreateXML(foreign("person"))
-    tree = runs.names(guest)
+    tree = guest.snapshots
     assert len(tree) == 3
     fewer = a_policy("disks", keep="last=1")
     for policy in (fewer, internal):
@@ -269,7 +269,7 @@ def test_trap_4_a_tree_of_both_kinds_is_neither_added_to_nor_pruned(
         assert (ran.outcome.result, ran.outcome.deleted) == (Result.SKIPPED, 0)
         assert [event.reason for event in ran.of(RunSkipped)] == [RefusalReason.MIXED_KINDS]
         assert ran.outcome.quarantined
-    assert runs.names(guest) == tree
+    assert guest.snapshots == tree
     assert snapshots_in(guest.active_image()) == ["person"]
     assert any("mixed_kinds" in finding.text for finding in findings(runs, guest, fewer))
 
@@ -280,12 +280,12 @@ def test_trap_4_a_tree_of_both_kinds_is_neither_added_to_nor_pruned(
         change(other)
     other.domain.snapshotCreateXML(foreign("person"), DISK_ONLY)
     change(other)
-    tree = runs.names(other)
+    tree = other.snapshots
     for policy in (internal, fewer):
         ran = runs.run(other, policy)
         assert (ran.outcome.result, ran.outcome.deleted) == (Result.SKIPPED, 0)
         assert [event.reason for event in ran.of(RunSkipped)] == [RefusalReason.MIXED_KINDS]
-    assert runs.names(other) == tree
+    assert other.snapshots == tree
     assert len(snapshots_in(other.images[0])) == 2
 
 
@@ -301,7 +301,7 @@ def test_trap_4_a_snapshot_of_the_other_kind_between_take_and_delete_stops_the_d
     ran = runs.run(guest, meddled)
     assert (ran.outcome.result, ran.outcome.deleted, ran.outcome.blocked) == (Result.TAKEN, 0, 1)
     assert [event.blocked for event in ran.of(PruneBlocked)] == [{"changed": 1}]
-    assert len(runs.names(guest)) == 3
+    assert len(guest.snapshots) == 3
     assert snapshots_in(guest.active_image()) == ["person"]
 
 
@@ -318,7 +318,7 @@ def test_trap_5_an_internal_snapshot_that_would_stop_the_guest_for_too_long_is_r
         ran = runs.run(guest, policy)
         (skipped,) = ran.of(RunSkipped)
         assert (ran.outcome.result, skipped.reason) == (Result.SKIPPED, RefusalReason.PAUSE)
-    assert runs.names(guest) == []
+    assert guest.snapshots == []
     assert guest.alive()
     guest.destroy()
     assert runs.run(guest, policy, slots=0).outcome.result is Result.TAKEN
@@ -503,7 +503,7 @@ def test_trap_8_no_file_is_written_over_and_none_is_left_behind(make_guest: Call
     (failed,) = ran.of(SnapshotFailed)
     assert (ran.outcome.result, failed.reason) == (Result.FAILED, "snapshot_exists")
     assert str(precious) in failed.error
-    assert runs.names(guest) == []
+    assert guest.snapshots == []
     assert guest.active_image() == guest.images[0]
     # An overlay is in the way of the second name.
     overlay = guest.directory / f"{guest.name}.vda.{name}-2.qcow2"
@@ -556,7 +556,7 @@ def test_trap_9_what_cannot_be_deleted_while_the_guest_is_off_waits_and_does_not
         assert ran.outcome.blocked == waiting
         assert [event.blocked for event in ran.of(PruneBlocked)] == ([{"needs_running": waiting}] if waiting else [])
     left = 3 if old else 2
-    assert len(runs.names(guest)) == left
+    assert len(guest.snapshots) == left
     guest.start()
     guest.wait_up()
     ran = runs.run(guest, policy)
@@ -728,6 +728,6 @@ def test_disks_of_a_storage_pool_taken_while_off_can_be_pruned(
     ran = runs.run(guest, policy)
     assert (ran.outcome.result, ran.outcome.blocked) == (Result.TAKEN, 0)
     assert [event for event in runs.events if isinstance(event, DeleteFailed)] == []
-    assert runs.names(guest) == [ran.outcome.snapshot]
+    assert guest.snapshots == [ran.outcome.snapshot]
     assert backing_chain(guest.active_image()) == [guest.active_image(), guest.images[0]]
     assert guest.alive()

@@ -100,7 +100,7 @@ def test_a_copy_comes_up_beside_the_guest_that_writes_on_and_nothing_is_left(
     assert left_over(guest) == []
     # The next one knows of it when this one is gone.
     names = [take(runs, guest) for _ in range(4)]
-    assert name not in runs.names(guest)
+    assert name not in guest.snapshots
     assert mark_of(runs, guest, names[-1]).drill == drill
 
 
@@ -202,7 +202,7 @@ def test_killed_or_stopped_in_a_drill_the_guest_goes_on_and_what_is_left_is_name
         (guest.directory / left[0]).unlink()
     for _ in range(4):
         take(runs, guest)
-    assert name not in runs.names(guest)  # what held it went with the copy
+    assert name not in guest.snapshots  # what held it went with the copy
     assert _findings(runs, guest) == []
     guest.destroy()
     check_image(guest.active_image())

@@ -145,7 +145,7 @@ def test_after_a_year_each_snapshot_that_is_left_holds_its_moment_byte_for_byte(
             guest.libvirtd.virsh("snapshot-create-as", guest.name, name, "--disk-only")
             step_of[name] = step
             records[name] = record_of(guest, name)
-        deepest = max(deepest, len(runs.names(guest)))
+        deepest = max(deepest, len(guest.snapshots))
     end = datetime.combine(date(2028, 1, 1), clock_time(), YEAR.timezone)
     assert MIDNIGHT < runs.now < end <= YEAR.schedule.next_slot(runs.now)
     taken, deleted = ([e for e in runs.events if isinstance(e, kind)] for kind in (SnapshotTaken, SnapshotDeleted))
@@ -161,15 +161,15 @@ def test_after_a_year_each_snapshot_that_is_left_holds_its_moment_byte_for_byte(
     waiting = {name for name, step in step_of.items() if step in PERSONS and name not in records}
     assert len(waiting) == 2
     assert not wanted & waiting
-    assert set(runs.names(guest)) == wanted | waiting | set(records)
+    assert set(guest.snapshots) == wanted | waiting | set(records)
     assert len(deleted) == 261 - len(wanted) - len(waiting)
     reasons = {reason for event in runs.events if isinstance(event, PruneBlocked) for reason in event.blocked}
     assert reasons == {"foreign_child"}
-    for name in runs.names(guest):
+    for name in guest.snapshots:
         assert_holds(guest, name, step_of[name])
     assert {name: record_of(guest, name) for name in records} == records
     assert deepest < YEAR.max_chain_depth
-    assert_in_order(guest, layers=len(runs.names(guest)) + 1)
+    assert_in_order(guest, layers=len(guest.snapshots) + 1)
     # The guest goes on, with the data of its last step.
     assert guest.alive()
     assert not guest.frozen()
@@ -215,8 +215,8 @@ def test_a_guest_shut_down_for_a_while_costs_one_snapshot_and_goes_on(
     guest.wait_up()
     for step in (4, 5, 6):
         taken_at(step)
-    assert [step_of[name] for name in runs.names(guest)] == [4, 5, 6]
-    for name in runs.names(guest):
+    assert [step_of[name] for name in guest.snapshots] == [4, 5, 6]
+    for name in guest.snapshots:
         assert_holds(guest, name, step_of[name])
     assert guest.alive()
 
@@ -236,7 +236,7 @@ def test_a_guest_that_is_always_off_has_one_snapshot_that_serves_all_slots(
         results.append(runs.run(guest, DAILY).outcome.result)
         assert served(runs) == (None, runs.now)
     assert results == [Result.TAKEN] + [Result.UNCHANGED] * 29
-    (first,) = runs.names(guest)
+    (first,) = guest.snapshots
     # A new process, without the old one's files, knows all of it from libvirt alone.
     with Runs(runs.uri, tmp_path / "elsewhere", now=runs.now + timedelta(hours=1)) as again:
         assert served(again) == (None, runs.now)
@@ -244,10 +244,10 @@ def test_a_guest_that_is_always_off_has_one_snapshot_that_serves_all_slots(
         assert again.run(guest, DAILY).outcome.result is Result.UNCHANGED
         assert served(again) == (None, again.now)
         runs.now = again.now
-    assert runs.names(guest) == [first]
+    assert guest.snapshots == [first]
     for step in range(1, 5):
         assert results_after_a_write(guest, runs, DAILY, step) == [Result.TAKEN] + [Result.UNCHANGED] * 4
-        (layer,) = frozen_layers(guest, runs.names(guest)[-1])
+        (layer,) = frozen_layers(guest, guest.snapshots[-1])
         assert read_file_in_image(layer, "/pattern") == small_file(step)
     for layer in backing_chain(guest.active_image()):
         check_image(layer)
@@ -278,4 +278,4 @@ def test_a_merge_just_below_the_newest_one_does_not_look_like_a_change_for_ever(
         results = results_after_a_write(guest, runs, policy, step)
         assert results[0] is Result.TAKEN
         assert results[2:] == [Result.UNCHANGED] * 3
-    assert len(runs.names(guest)) <= (2 if runs.host.capabilities().delete_external_in_chain_offline else 3)
+    assert len(guest.snapshots) <= (2 if runs.host.capabilities().delete_external_in_chain_offline else 3)
