@@ -6,8 +6,10 @@ import logging
 import signal
 import threading
 import time
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvmsnapd.audit import publish_audit
@@ -16,6 +18,7 @@ from kvmsnapd.config import NEEDS_RESTART
 from kvmsnapd.daemon_events import (
     ConfigLoaded,
     ConfigRejected,
+    DaemonStalled,
     DaemonStarted,
     DaemonStopped,
     JobsChanged,
@@ -34,14 +37,15 @@ from kvmsnapd.live_config import LiveConfig
 from kvmsnapd.logs import bound, configure_logging
 from kvmsnapd.model import PairName
 from kvmsnapd.outlets import Outlets
+from kvmsnapd.pulse import Pulse, describe
 from kvmsnapd.retries import Retries
 from kvmsnapd.scheduler import JobScheduler, Wanted
 from kvmsnapd.series import Observation
+from kvmsnapd.service_manager import ServiceManager
 from kvmsnapd.state_files import DomainLocks, FreezeIntents
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-    from pathlib import Path
 
     from kvmsnapd.config import Config
     from kvmsnapd.daemon_events import DomainPoliciesChanged
@@ -72,6 +76,14 @@ _STUCK_RUNS = 6
 """How many runs may be stuck while all workers go on. libvirtd serves 20 calls at once, and others call it too."""
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def _name_threads() -> None:
+    """Let `top -H` and debuggers see what the threads are; Python does that itself from 3.14 on."""
+    for thread in threading.enumerate():
+        if thread is not threading.main_thread():
+            with suppress(OSError):  # not Linux, or just ended
+                Path(f"/proc/self/task/{thread.native_id}/comm").write_text(thread.name[:15])
 
 
 def read_clock() -> datetime:
@@ -142,6 +154,9 @@ class Daemon:
             lambda uuid: locks.reading(uuid, wanted=lambda: not self._stopping.is_set()),
             wanted=lambda: not self._stopping.is_set(),
         )
+        self._manager = ServiceManager()
+        self._round_at = time.monotonic()
+        self._stalled: str | None = None
         self._drills = Drills(driller, read_clock, done=self._tick_wanted.set)
         self._pairs: dict[str, Pair] = {}
         self._retries = Retries()
@@ -165,16 +180,24 @@ class Daemon:
         while not self._ticked.wait(_PAUSE_SECONDS) and time.monotonic() < deadline and not signal.sigpending():
             pass
         self.outlets.serve()
+        _name_threads()
+        self._manager.ready()
         while True:
+            self._show_life()
             settings = self._live.current.settings
             pause = _WATCH_SECONDS if settings.watch else min(settings.tick.total_seconds(), _LOOK_SECONDS)
+            if self._manager.watchdog:
+                pause = min(pause, self._manager.watchdog.total_seconds() / 4)
             received = signal.sigtimedwait(_SIGNALS, pause)
             if received and received.si_signo != signal.SIGHUP:
                 break
             if received or self._live.look():
+                self._manager.reloading()
                 self._reload(asked=bool(received))
+                self._manager.ready()
         self._stopping.set()
         self._tick_wanted.set()
+        self._manager.stopping()
         ended = self._scheduler.stop(DRAIN)
         drills.join(_CLOSE_SECONDS)  # it gives its drill up
         self.outlets.close()
@@ -198,6 +221,24 @@ class Daemon:
             tick=self._live.current.settings.tick,
         )
 
+    def _show_life(self) -> None:
+        """Tell the service manager how we are, and that we live if all parts of the daemon do."""
+        now, settings, fleet, tally = read_clock(), self._live.current.settings, self._fleet, self.outlets.tally
+        pulse = Pulse(
+            tick_ago=timedelta(seconds=time.monotonic() - self._round_at),
+            scheduler_silent=self._scheduler.silent_for,
+            stuck=sum(tally.pair(key).stuck for key in self._pairs),
+            threads=self._started_with.workers + _STUCK_RUNS,
+        )
+        stalled, before = pulse.standstill(tick=settings.tick, watchdog=self._manager.watchdog), self._stalled
+        self._stalled = stalled
+        if stalled and not before:
+            self._publish(DaemonStalled(what=stalled))
+        text = stalled or describe(
+            fleet, tally, libvirt_up=self._libvirt_up, rejected=bool(self._live.rejected), now=now
+        )
+        self._manager.describe(text, alive=not stalled)
+
     # The tick
 
     def _tick_forever(self) -> None:
@@ -210,6 +251,8 @@ class Daemon:
                     return  # the scheduler is being taken down meanwhile
                 logging.getLogger(__name__).exception("tick ended in an unforeseen error")
             self._ticked.set()
+            self._scheduler.probe()
+            self._round_at = time.monotonic()
             pause = self._live.current.settings.tick.total_seconds()
             self._tick_wanted.wait(pause if self._libvirt_up else min(pause, _RECONNECT_SECONDS))
             if not self._stopping.is_set():

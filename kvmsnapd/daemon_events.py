@@ -29,6 +29,15 @@ class DaemonStopped(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DaemonStalled(Event):
+    """A part of the daemon stands still, and only a new start can help; systemd's watchdog sees to that."""
+
+    NAME: ClassVar[str] = "daemon.stalled"
+    SEVERITY: ClassVar[Severity] = Severity.ERROR
+    what: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ConfigLoaded(Event):
     """A configuration is in force; settings in ``needs_restart`` only after the next start.
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from kvmsnapd.fleet import Fleet
     from kvmsnapd.hypervisor import Hypervisor
     from kvmsnapd.series import Observation
+    from kvmsnapd.tally import Tally
 
 
 class Outlets:
@@ -63,6 +64,11 @@ class Outlets:
     def url(self) -> str | None:
         """Where Prometheus finds the metrics; None if nothing listens."""
         return self._server.url if self._server else None
+
+    @property
+    def tally(self) -> Tally:
+        """What all events add up to."""
+        return self._metrics.tally
 
     def publish(self, event: Event) -> None:
         """Hand one event to everybody who wants it."""

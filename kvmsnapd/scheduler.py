@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from kvmsnapd.policy import Policy
+
+
+_PROBE = "probe"  # no pair's key: those have a slash
 
 
 class _SlotTrigger(BaseTrigger):  # type: ignore[misc]  # APScheduler has no types
@@ -118,9 +122,10 @@ class JobScheduler:
         self._jobs: dict[str, tuple[Policy, timedelta, Any]] = {}
         self._active = _Active()
         self._stopping = False
+        self._owed_since: float | None = None
         self._scheduler = BackgroundScheduler(
             timezone=UTC,
-            executors={"default": _Pool(workers, self._active)},
+            executors={"default": _Pool(workers, self._active), _PROBE: ThreadPoolExecutor(1)},
             # A late run is still wanted (the default drops it after one second), and once is enough.
             job_defaults={"misfire_grace_time": None, "coalesce": True, "max_instances": 1},
         )
@@ -159,6 +164,22 @@ class JobScheduler:
         # APScheduler sleeps by a clock that a step of the wall clock, or a suspended host, does not move.
         self._scheduler.wakeup()
         return JobChanges(added, changed, removed)
+
+    def probe(self) -> None:
+        """Ask APScheduler's thread for a sign of life: to run an empty job at once. See :attr:`silent_for`."""
+        if self._stopping:
+            return
+        self._owed_since = self._owed_since or time.monotonic()
+        self._scheduler.add_job(self._answer, id=_PROBE, executor=_PROBE, replace_existing=True)
+
+    def _answer(self) -> None:
+        self._owed_since = None
+
+    @property
+    def silent_for(self) -> timedelta:
+        """How long a :meth:`probe` has not been answered; zero if all were."""
+        since = self._owed_since
+        return timedelta(seconds=time.monotonic() - since) if since else timedelta(0)
 
     def active(self) -> frozenset[str]:
         """Return the keys of the pairs whose runs are queued or going on."""

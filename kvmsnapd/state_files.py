@@ -1,6 +1,8 @@
 """The two kinds of small files kvmsnapd keeps outside libvirt: a lock and a freeze intent per domain UUID.
 
-Neither is a record of snapshots; both may be deleted while no kvmsnapd process runs.
+Neither is a record of snapshots; both may be deleted while no kvmsnapd process runs. The daemon has a user of its own,
+and root's commands work beside it: what they make there belongs to the owner of the folder above, and links that this
+owner may have put there are not followed.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ import fcntl
 import hashlib
 import os
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, TextIO
 
 from kvmsnapd.errors import DomainLockedError
@@ -32,7 +34,7 @@ class DomainLocks:
 
     def __init__(self, directory: Path) -> None:
         """Use lock files in ``directory``, which is created if missing."""
-        directory.mkdir(parents=True, exist_ok=True)
+        _make_directory(directory)
         self._directory = directory
 
     @contextmanager
@@ -56,9 +58,8 @@ class DomainLocks:
         Raises:
             DomainLockedError: another holder kept it for longer than that.
         """
-        path = self._directory / f"{domain_uuid}.lock"
         # Opened anew each time: a lock of flock(2) belongs to the open file, so threads exclude each other as well.
-        with path.open("a+") as file:
+        with _open(self._directory, f"{domain_uuid}.lock") as file:
             began, told = time.monotonic(), False
             while not _try_lock(file.fileno()):
                 waited = time.monotonic() - began
@@ -81,7 +82,7 @@ class DomainLocks:
 
         Waits for a delete that goes on, as long as ``wanted`` says so; DomainLockedError afterwards.
         """
-        with (self._directory / f"{domain_uuid}.files").open("a+") as file:
+        with _open(self._directory, f"{domain_uuid}.files") as file:
             while not _try_lock(file.fileno(), fcntl.LOCK_SH):
                 if not wanted():
                     msg = "a snapshot of the domain is being deleted; nothing was copied"
@@ -92,13 +93,13 @@ class DomainLocks:
     @contextmanager
     def changing(self, domain_uuid: str) -> Iterator[bool]:
         """Give whether nobody reads what snapshots froze; while the block runs nobody begins to."""
-        with (self._directory / f"{domain_uuid}.files").open("a+") as file:
+        with _open(self._directory, f"{domain_uuid}.files") as file:
             yield _try_lock(file.fileno())
 
     @contextmanager
     def making(self, path: str) -> Iterator[None]:
         """Have a file that is to be made for oneself; raise DomainLockedError if somebody else makes it."""
-        with self._lock_of_file(path).open("a+") as file:
+        with _open(self._directory, _lock_of_file(path)) as file:
             if not _try_lock(file.fileno()):
                 msg = f"{path} is being made by {_holder(file)} (this is process {os.getpid()}); nothing was done"
                 raise DomainLockedError(msg)
@@ -110,13 +111,14 @@ class DomainLocks:
     def is_made(self, path: str) -> bool:
         """Tell whether somebody makes this file now."""
         try:
-            with self._lock_of_file(path).open("a+") as file:
+            with _open(self._directory, _lock_of_file(path)) as file:
                 return not _try_lock(file.fileno())
         except OSError:
             return False
 
-    def _lock_of_file(self, path: str) -> Path:
-        return self._directory / f"{hashlib.sha256(path.encode()).hexdigest()[:32]}.copy"
+
+def _lock_of_file(path: str) -> str:
+    return f"{hashlib.sha256(path.encode()).hexdigest()[:32]}.copy"
 
 
 def _holder(file: TextIO) -> str:
@@ -143,14 +145,14 @@ class FreezeIntents:
 
     def __init__(self, directory: Path) -> None:
         """Keep intents in ``directory``, which is created if missing."""
-        directory.mkdir(parents=True, exist_ok=True)
+        _make_directory(directory)
         self._directory = directory
 
     def record(self, domain_uuid: str) -> bool:
         """Put the intent on disk, durably; return whether it is new, so that its maker may clear it."""
         if self.exists(domain_uuid):
             return False
-        with self._path(domain_uuid).open("w") as file:
+        with _open(self._directory, self._path(domain_uuid).name) as file:
             os.fsync(file.fileno())
         directory = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -173,3 +175,27 @@ class FreezeIntents:
 
     def _path(self, domain_uuid: str) -> Path:
         return self._directory / f"{domain_uuid}.frozen"
+
+
+def _make_directory(path: Path) -> None:
+    """Make a directory if it is missing; root makes it for the owner of the one above."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError):
+        path.mkdir()
+        above = path.parent.stat()
+        if os.geteuid() == 0:
+            os.chown(path, above.st_uid, above.st_gid, follow_symlinks=False)
+
+
+def _open(directory: Path, name: str) -> TextIO:
+    """Open a file of a directory for reading and appending; a new one that root makes is the directory's owner's."""
+    folder = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        file = os.open(name, flags, 0o600, dir_fd=folder)
+        owner, status = os.fstat(folder), os.fstat(file)
+        if status.st_uid != owner.st_uid and os.geteuid() == 0 and status.st_nlink == 1:
+            os.fchown(file, owner.st_uid, owner.st_gid)
+    finally:
+        os.close(folder)
+    return os.fdopen(file, "a+")

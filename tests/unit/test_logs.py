@@ -598,6 +598,7 @@ config.domain_changed: domain domain_uuid coverage unprotected gained lost chang
 config.loaded: files policies selectors warnings needs_restart policies_added policies_removed policies_changed
     domains_changed
 config.rejected: path problems
+daemon.stalled: what
 daemon.started: uri metrics
 daemon.stopped: unfinished
 domain.examined: domain domain_uuid policy chain_depth free_bytes chain_limit folders

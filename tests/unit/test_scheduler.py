@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -66,6 +67,34 @@ def bench() -> Iterator[Bench]:
     bench.release.set()
     if bench.scheduler._scheduler.running:
         bench.scheduler.stop(timedelta(seconds=SOON_ENOUGH))
+
+
+# Signs of life
+
+
+def become(condition: Callable[[], bool]) -> None:
+    """Wait until it is so."""
+    deadline = time.monotonic() + SOON_ENOUGH
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_probe_is_answered_at_once_though_no_worker_is_free(bench: Bench) -> None:
+    bench.start("a")
+    bench.scheduler.probe()
+    become(lambda: not bench.scheduler.silent_for)
+
+
+def test_a_scheduler_whose_thread_is_held_up_owes_the_answer(bench: Bench) -> None:
+    bench.scheduler.probe()
+    become(lambda: not bench.scheduler.silent_for)
+    with bench.scheduler._scheduler._jobstores_lock:
+        bench.scheduler.probe()
+        time.sleep(0.05)
+        bench.scheduler.probe()
+        assert bench.scheduler.silent_for >= timedelta(seconds=0.05)
+    become(lambda: not bench.scheduler.silent_for)
 
 
 # Sync

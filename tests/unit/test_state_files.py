@@ -201,3 +201,45 @@ def test_a_file_is_made_by_one_only_and_others_can_tell(tmp_path: Path) -> None:
     assert not others.is_made(path)
     with others.making(path):
         pass
+
+
+# Beside a daemon that has a user of its own
+
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root makes files for others")
+
+
+@pytest.fixture
+def of_the_daemon(tmp_path: Path) -> Path:
+    """Give a directory that belongs to another user."""
+    directory = tmp_path / "run"
+    directory.mkdir()
+    os.chown(directory, 4711, 4712)
+    return directory
+
+
+def owners(directory: Path) -> set[tuple[int, int]]:
+    return {(path.stat().st_uid, path.stat().st_gid) for path in directory.rglob("*")}
+
+
+@as_root
+def test_what_root_makes_belongs_to_the_owner_of_the_folder(of_the_daemon: Path) -> None:
+    locks, intents = DomainLocks(of_the_daemon / "locks"), FreezeIntents(of_the_daemon / "frozen")
+    with locks.hold(UUID, wait=AT_ONCE), locks.reading(UUID), locks.making("/images/copy.qcow2"):
+        intents.record(UUID)
+    assert len([path for path in of_the_daemon.rglob("*") if path.is_file()]) == 4
+    assert owners(of_the_daemon) == {(4711, 4712)}
+
+
+@as_root
+def test_links_in_place_of_a_lock_or_its_folder_are_not_followed(of_the_daemon: Path, tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
+    locks = DomainLocks(of_the_daemon / "locks")
+    (of_the_daemon / "locks" / f"{UUID}.lock").symlink_to(precious)
+    with pytest.raises(OSError, match="Too many levels"), locks.hold(UUID, wait=AT_ONCE):
+        pass
+    (of_the_daemon / "links").symlink_to(tmp_path)
+    with pytest.raises(OSError, match="Not a directory"), DomainLocks(of_the_daemon / "links").hold(UUID, wait=AT_ONCE):
+        pass
+    assert (precious.read_text(), precious.stat().st_uid) == ("mine", 0)
+    assert not (tmp_path / f"{UUID}.lock").exists()
