@@ -93,6 +93,10 @@ def diagnose_domain(
     told = {reason for reason, _ in refusals}
     if len({s.kind for s in domain.snapshots}) > 1 and RefusalReason.MIXED_KINDS not in told:
         yield Finding(Level.PROBLEM, name, "has internal and external snapshots; going back to one may lose data")
+    newer = sum(s.newer for s in domain.snapshots)
+    if newer:
+        text = f"{newer} snapshot(s) were made by a newer kvmsnapd: this one neither counts nor prunes them"
+        yield Finding(Level.PROBLEM, name, f"{text}; install the newer one again")
     branch = find_branch(domain)
     if branch:
         command = f"virsh snapshot-list --tree {shlex.quote(name)}"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from xml.sax.saxutils import escape
 
 from kvmsnapd.model import Disk, Kind, Snapshot, TakeRequest
-from kvmsnapd.naming import format_description, parse_mark
+from kvmsnapd.naming import format_description, is_newer, parse_mark
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -78,7 +78,7 @@ def parse_snapshot(text: str) -> Snapshot:
         created_at = datetime.fromtimestamp(int(root.findtext("creationTime", "0")), UTC)
     except (ET.ParseError, OverflowError, OSError) as error:
         raise ValueError(str(error)) from error
-    name = root.findtext("name", "")
+    name, description = root.findtext("name", ""), root.findtext("description", "")
     modes = {disk.get("snapshot", "no") for disk in root.iterfind("disks/disk")}
     memory = root.find("memory")
     if memory is not None:
@@ -92,7 +92,8 @@ def parse_snapshot(text: str) -> Snapshot:
         created_at=created_at,
         kind=kind,
         parent=root.findtext("parent/name"),
-        mark=parse_mark(name, root.findtext("description", "")),
+        mark=parse_mark(name, description),
+        newer=is_newer(name, description),
         offline=root.findtext("state") == "shutoff",
         overlays=tuple(
             (disk.get("name", ""), _path(source))

@@ -186,6 +186,8 @@ class Snapshot:
     """By disk target, the file that was active when it was taken: an external snapshot freezes it."""
     memory_file: str | None = None
     """Where the guest's RAM is, for an external snapshot that has it."""
+    newer: bool = False
+    """Whether a newer kvmsnapd than this one wrote it; to this one it is foreign."""
     paused_seconds: float | None = field(default=None, compare=False)
     """How long the guest stood still while its RAM was saved; known of one that has just been taken."""
 

@@ -16,6 +16,25 @@ from kvmsnapd.errors import InvalidValueError, shown
 from kvmsnapd.model import Consistency, Deleting, Drill, Hold, Kind, Mark, Restoring, Unchanged
 
 FORMAT_VERSION = 1
+_KEYS = frozenset(
+    [
+        "kvmsnapd",
+        "policy",
+        "scheduled",
+        "taken",
+        "consistency",
+        "kind",
+        "excluded",
+        "unchanged",
+        "deleting",
+        "owed",
+        "hold",
+        "standalone",
+        "linked",
+        "restoring",
+        "drill",
+    ]
+)
 MOST_ATTEMPTS = 99
 POLICY_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,31}$"
 """Policy names, short enough for a snapshot name of at most 64 characters.
@@ -116,7 +135,8 @@ def format_description(mark: Mark) -> str:
 def parse_mark(name: str, description: str) -> Mark | None:
     """Return what we wrote about a snapshot of ours; None when name or description say that it is foreign.
 
-    A description of a newer format version counts as foreign: what cannot be read must not be deleted.
+    One of a newer kvmsnapd, which has another format version or more keys, counts as foreign: what is not understood,
+    such as who needs the snapshot, must not be deleted or written anew. See :func:`is_newer`.
     """
     named = parse_name(name)
     if named is None:
@@ -124,7 +144,7 @@ def parse_mark(name: str, description: str) -> Mark | None:
     policy, scheduled_at, attempt = named
     try:
         fields = json.loads(description)
-        if fields["kvmsnapd"] != FORMAT_VERSION or fields["policy"] != policy:
+        if fields["kvmsnapd"] != FORMAT_VERSION or fields["policy"] != policy or fields.keys() - _KEYS:
             return None
         if datetime.fromisoformat(fields["scheduled"]) != scheduled_at:
             return None
@@ -149,6 +169,16 @@ def parse_mark(name: str, description: str) -> Mark | None:
         )
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return None
+
+
+def is_newer(name: str, description: str) -> bool:
+    """Tell whether a newer kvmsnapd wrote this; see :func:`parse_mark`."""
+    try:
+        fields = json.loads(description)
+        version = int(fields["kvmsnapd"])
+        return parse_name(name) is not None and (version > FORMAT_VERSION or bool(fields.keys() - _KEYS))
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+        return False
 
 
 def _parse_restoring(fields: dict[str, Any]) -> Restoring:

@@ -75,7 +75,7 @@ def _entries(domain: Inventory, sight: Sight, host: LibvirtHost) -> Iterator[Ent
             domain,
             snapshot,
             branch,
-            tuple(_reasons(mark, verdict.reasons if verdict else ())),
+            tuple(_reasons(snapshot, verdict.reasons if verdict else ())),
             releases.get(snapshot.name),
             _size(host, snapshot),
             policies.get(mark.policy) if mark else None,
@@ -111,9 +111,10 @@ def _push(waiting: list[tuple[Snapshot, str, str]], siblings: Sequence[Snapshot]
         waiting.append((snapshot, indent + ("└─ " if last else "├─ "), indent + ("   " if last else "│  ")))
 
 
-def _reasons(mark: Mark | None, claims: Sequence[str]) -> Iterator[str]:
+def _reasons(snapshot: Snapshot, claims: Sequence[str]) -> Iterator[str]:
+    mark = snapshot.mark
     if mark is None:
-        yield "foreign: never touched"
+        yield "of a newer kvmsnapd: not touched by this one" if snapshot.newer else "foreign: never touched"
         return
     if mark.deleting:
         yield "half deleted: no way back, goes with the next run"

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from kvmsnapd.errors import InvalidValueError
 from kvmsnapd.model import Consistency, Deleting, Hold, Kind, Mark, Unchanged
-from kvmsnapd.naming import check_policy_name, format_description, format_name, parse_mark, parse_name
+from kvmsnapd.naming import check_policy_name, format_description, format_name, is_newer, parse_mark, parse_name
 from tests.builders import NOW, at
 
+ROOT = Path(__file__).parents[2]
 MARK = Mark("standard", at("2026-11-22T09:00"), at("2026-11-22T09:00:03"), Consistency.CRASH, Kind.EXTERNAL)
 NAME = "kvmsnapd-standard-20261122T090000Z"
 
@@ -156,6 +158,31 @@ def test_our_name_without_our_description_is_foreign() -> None:
 
 def test_our_description_under_another_name_is_foreign() -> None:
     assert parse_mark("before-upgrade", format_description(MARK)) is None
+
+
+@pytest.mark.parametrize("fields", [{"kvmsnapd": 2}, {"kvmsnapd": 2, "policy": 7}, {"needed_by": "somebody"}], ids=str)
+def test_what_a_newer_one_wrote_is_foreign_and_known_to_be_newer(fields: dict[str, object]) -> None:
+    newer = json.dumps(json.loads(format_description(MARK)) | fields)
+    assert parse_mark(NAME, newer) is None
+    assert is_newer(NAME, newer)
+    assert not is_newer("before-upgrade", newer)
+
+
+@pytest.mark.parametrize("text", ["", "made by hand", "[]", "{}", '{"kvmsnapd": "x"}', format_description(MARK)])
+def test_what_a_person_or_this_one_wrote_is_not_newer(text: str) -> None:
+    assert not is_newer(NAME, text)
+
+
+OLDER = (ROOT / "tests/samples/descriptions.txt").read_text().splitlines()
+"""Name and description of snapshots as every version so far has written them. Lines are only ever added."""
+
+
+@pytest.mark.parametrize("line", OLDER, ids=lambda line: line.split("\t")[0])
+def test_what_every_older_version_wrote_is_understood_and_kept_whole(line: str) -> None:
+    _, name, description = line.split("\t")
+    mark = parse_mark(name, description)
+    assert mark is not None
+    assert json.loads(format_description(mark)) == json.loads(description)
 
 
 def test_a_description_of_another_slot_is_foreign() -> None:
