@@ -63,8 +63,9 @@ class SharedHost:
         self.domain.snapshotCreateXML(format_request(TakeRequest(DEFAULT_UUID, "test", name, mark)), 0)
         return name
 
-    def take_by_hand(self, name: str) -> None:
-        self.domain.snapshotCreateXML(f"<domainsnapshot><name>{name}</name></domainsnapshot>", 0)
+    def take_by_hand(self, name: str, description: str = "") -> None:
+        fields = f"<name>{name}</name><description>{description}</description>"
+        self.domain.snapshotCreateXML(f"<domainsnapshot>{fields}</domainsnapshot>", 0)
 
 
 @contextmanager

@@ -163,6 +163,13 @@ def said(domain: Domain, *policies: str, **keep: str) -> list[Finding]:
     return [f for f in diagnose_domain(domain, chosen, plans, ANY_LIBVIRT) if f.level is not Level.NOTE]
 
 
+def test_snapshots_of_a_newer_kvmsnapd_are_named_as_such() -> None:
+    newer = replace(a_snapshot(), mark=None, newer=True)
+    (found,) = said(a_domain(newer))
+    assert found.level is Level.PROBLEM
+    assert found.text.startswith("1 snapshot(s) were made by a newer kvmsnapd")
+
+
 def test_a_paused_guest_is_not_to_be_powered_off_unseen() -> None:
     (found,) = said(a_domain(a_snapshot(), state=DomainState.PAUSED))
     assert (found.level, found.command) == (Level.WARNING, "virsh domstate --reason web1")

@@ -126,6 +126,15 @@ def test_own_held_foreign_and_unmanaged_with_reasons_and_releases(
     assert text.endswith("\nRELEASED is the run that deletes it if every run succeeds.\n")
 
 
+def test_one_of_a_newer_kvmsnapd_is_not_called_a_persons(
+    capsys: Capture, write: Write, shared_host: SharedHost
+) -> None:
+    name, text = f"kvmsnapd-standard-{THIS_YEAR:%Y%m%d}T000000Z", '{"kvmsnapd": 2}'
+    shared_host.take_by_hand(name, text)
+    (row,) = listed(capsys, write(CONFIG))
+    assert (row["own"], row["reasons"]) == (False, ["of a newer kvmsnapd: not touched by this one"])
+
+
 def test_a_pipe_gets_whole_lines(capsys: Capture, write: Write, shared_host: SharedHost) -> None:
     reason = "a reason as long as people write them, " * 20
     shared_host.take(THIS_YEAR, hold=Hold(reason))
