@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from kvmsnapd.events import Publish
     from kvmsnapd.hypervisor import Hypervisor
-    from kvmsnapd.model import PairName
+    from kvmsnapd.model import Domain, PairName, Snapshot
     from kvmsnapd.policy import DrillRules
 
 
@@ -65,7 +65,7 @@ class Driller:
         failure: str | None = None
         reason = ""
         with self.reading(pair.domain_uuid):  # nothing is merged below the copy
-            files = self._plan(pair, snapshot, own)
+            files, policy = self._plan(pair, snapshot, own)
             try:
                 made = self._boot(pair, snapshot, own, files, rules)
                 failure, reason = made or (None, "")
@@ -75,7 +75,8 @@ class Driller:
                 for path in files.values():
                     with suppress(HypervisorError):  # doctor names it
                         self.hypervisor.remove_file(path)
-        drill = self._note(pair, snapshot, drill)
+        if policy:
+            drill = self._note(pair, policy, drill)
         self.publish(
             DrillFinished(
                 pair=pair,
@@ -88,8 +89,8 @@ class Driller:
         )
         return drill
 
-    def _plan(self, pair: PairName, name: str, own: str) -> dict[str, str]:
-        """Return the overlays' paths."""
+    def _plan(self, pair: PairName, name: str, own: str) -> tuple[dict[str, str], str | None]:
+        """Return the overlays' paths, and the policy whose newest snapshot this is, None if it is nobody's."""
         domain = self.hypervisor.domain(pair.domain_uuid)
         found = next((s for s in domain.snapshots if s.name == name), None)
         if found is None:
@@ -98,7 +99,13 @@ class Driller:
         plan = plan_drill(domain, found, own)
         if isinstance(plan, str):
             raise DrillRefusedError(plan)
-        return plan.files
+        policy = found.mark.policy if found.mark else ""
+        return plan.files, policy if found == self._newest(domain, policy) else None
+
+    def _newest(self, domain: Domain, policy: str) -> Snapshot | None:
+        """Return a policy's newest snapshot that is not dated in the future."""
+        own = [(s.mark.scheduled_at, s.mark.attempt, s) for s in domain.of_policy(policy) if s.mark]
+        return max((o for o in own if o[0] <= self.clock()), key=lambda o: o[:2], default=(None, None, None))[2]
 
     def _boot(
         self, pair: PairName, name: str, own: str, files: dict[str, str], rules: DrillRules
@@ -132,20 +139,18 @@ class Driller:
             msg = f"libvirt could put no overlay on it: {error}"
             raise DrillFailedError(msg, reason="start") from error
 
-    def _note(self, pair: PairName, name: str, drill: Drill) -> Drill:
-        """Write down what came of the drill, if it was of the policy's newest snapshot; return it with what was before.
+    def _note(self, pair: PairName, policy: str, drill: Drill) -> Drill:
+        """Write down what came of a drill of the policy's newest snapshot; return it with what was before.
 
-        That of an older one says nothing of the newest, by which people and alerts go.
+        That of an older one says nothing of the newest, by which people and alerts go. One that was taken meanwhile
+        carries the note, as each new one does.
         """
         with self.locked(pair):
             domain = self.hypervisor.domain(pair.domain_uuid)
-            mark = next((s.mark for s in domain.snapshots if s.name == name), None)
-            if mark is None:
-                return drill  # deleted by hand meanwhile, or a foreign one
-            last = newest_drill(domain, mark.policy)
+            newest, last = self._newest(domain, policy), newest_drill(domain, policy)
             if drill.failure is not None and last:
                 drill = replace(drill, verified_at=last.verified_at)
-            own = (s.mark for s in domain.of_policy(mark.policy) if s.mark and s.mark.scheduled_at <= self.clock())
-            if mark == max(own, key=lambda mark: (mark.scheduled_at, mark.attempt), default=None):
-                self.hypervisor.describe_snapshot(pair.domain_uuid, name, replace(mark, drill=drill))
+            if newest and newest.mark:
+                marked = replace(newest.mark, drill=drill)
+                self.hypervisor.describe_snapshot(pair.domain_uuid, newest.name, marked)
             return drill

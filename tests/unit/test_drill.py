@@ -165,6 +165,17 @@ def test_that_of_an_older_snapshot_says_nothing_of_the_newest(ground: Ground) ->
     assert (ground.fake.domain(UUID).snapshots[1].mark or old.mark) != new.mark
 
 
+@pytest.mark.parametrize("pruned", [False, True])
+def test_that_of_one_that_was_the_newest_is_noted_on_what_was_taken_meanwhile(ground: Ground, pruned: bool) -> None:
+    first, second = taken_on(*hourly_snapshots(2)).snapshots
+    ground.fake.add(taken_on(first))
+    after = (replace(second, parent=None),) if pruned else (first, second)
+    ground.fake.before["run_drill"].append(lambda: ground.fake.add(taken_on(*after)))
+    drill = ground.driller.drill(NAME, first.name, RULES)
+    newest = ground.fake.domain(UUID).snapshots[-1]
+    assert (newest.name, newest.mark and newest.mark.drill) == (second.name, drill)
+
+
 def test_one_that_cannot_be_made_is_told_and_tried_again_in_an_hour(ground: Ground) -> None:
     now, ended = [NOW], []
     drills = Drills(ground.driller, lambda: now[0], lambda: ended.append(now[0]))
