@@ -13,7 +13,7 @@ import time
 import xml.etree.ElementTree as ET
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import libvirt
 import libvirt_qemu
@@ -70,6 +70,19 @@ def guests_on(libvirtd: Libvirtd, directory: Path) -> Iterator[Callable[..., Gue
             pool.destroy()
 
 
+class HasLibvirt(Protocol):
+    """Where a guest can live: a private libvirtd, or a whole machine."""
+
+    def connect(self) -> libvirt.virConnect:
+        """Open a new raw connection with all rights."""
+
+    def pid_from_file(self, name: str) -> int | None:
+        """Translate the process id in a file below `/run/libvirt` to the caller's; None when it does not run."""
+
+    def qemu_log(self, name: str) -> Path:
+        """Return where libvirt logs what this domain's QEMU says."""
+
+
 @dataclass(frozen=True)
 class Guest:
     """One domain and its files, which are all in `directory`.
@@ -78,7 +91,7 @@ class Guest:
     the daemon dies and returns, and while the program under test changes the domain.
     """
 
-    libvirtd: Libvirtd
+    libvirtd: HasLibvirt
     name: str
     directory: Path
     disks: int = 1
@@ -108,7 +121,7 @@ class Guest:
         ingredients.copy_of_disk(first, self.image_format, self.size_mib)
         for image in others:
             run("qemu-img", "create", "-q", "-f", self.image_format, image, f"{self.size_mib}M")
-        self.libvirtd.connect().defineXML(self._xml())
+        self.libvirtd.connect().defineXML(self.xml())
 
     def start(self) -> None:
         """Switch the guest on; `wait_up` waits until it can be used."""
@@ -293,12 +306,13 @@ class Guest:
         return self.console.read_text(errors="replace") if self.console.exists() else ""
 
     def _what_was_said(self, lines: int = 20) -> str:
-        log = self.libvirtd.directory / f"log/qemu/{self.name}.log"
+        log = self.libvirtd.qemu_log(self.name)
         said = log.read_text(errors="replace") if log.exists() else ""
         console = self._console_text().splitlines()[-lines:]
         return "\n".join(["--- console", *console, "--- QEMU", *said.splitlines()[-lines:]])
 
-    def _xml(self) -> str:
+    def xml(self) -> str:
+        """Return the definition for libvirt."""
         options = " agent" * self.agent + " writer" * self.writer
         start = ""
         if self.firmware:  # in the guest's directory, which every root sees

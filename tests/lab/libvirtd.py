@@ -125,6 +125,10 @@ class Libvirtd:
             return None
         return self.processes().get(inside)
 
+    def qemu_log(self, name: str) -> Path:
+        """Return where libvirt logs what this domain's QEMU says."""
+        return self.directory / f"log/qemu/{name}.log"
+
     def processes(self) -> dict[int, int]:
         """Return all that runs in the process namespace: the process id inside → the caller's."""
         if self._holder is None:
