@@ -6,10 +6,8 @@ import logging
 import signal
 import threading
 import time
-from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvmsnapd.audit import publish_audit
@@ -39,13 +37,14 @@ from kvmsnapd.model import PairName
 from kvmsnapd.outlets import Outlets
 from kvmsnapd.pulse import Pulse, describe
 from kvmsnapd.retries import Retries
-from kvmsnapd.scheduler import JobScheduler, Wanted
+from kvmsnapd.scheduler import JobScheduler, Wanted, show_name
 from kvmsnapd.series import Observation
 from kvmsnapd.service_manager import ServiceManager
 from kvmsnapd.state_files import DomainLocks, FreezeIntents
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from pathlib import Path
 
     from kvmsnapd.config import Config
     from kvmsnapd.daemon_events import DomainPoliciesChanged
@@ -76,14 +75,6 @@ _STUCK_RUNS = 6
 """How many runs may be stuck while all workers go on. libvirtd serves 20 calls at once, and others call it too."""
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-
-
-def _name_threads() -> None:
-    """Let `top -H` and debuggers see what the threads are; Python does that itself from 3.14 on."""
-    for thread in threading.enumerate():
-        if thread is not threading.main_thread():
-            with suppress(OSError):  # not Linux, or just ended
-                Path(f"/proc/self/task/{thread.native_id}/comm").write_text(thread.name[:15])
 
 
 def read_clock() -> datetime:
@@ -180,7 +171,8 @@ class Daemon:
         while not self._ticked.wait(_PAUSE_SECONDS) and time.monotonic() < deadline and not signal.sigpending():
             pass
         self.outlets.serve()
-        _name_threads()
+        for thread in threading.enumerate():
+            show_name(thread)
         self._manager.ready()
         while True:
             self._show_life()

@@ -55,6 +55,9 @@ def run_drill(
     except libvirt.libvirtError as error:
         if broken_connection(error):
             raise
+        if error.get_error_code() == libvirt.VIR_ERR_ACCESS_DENIED:
+            msg = f"libvirt does not allow this user to start a domain ({error}); allow it, or have no drills"
+            raise DrillRefusedError(msg) from error
         msg = f"libvirt could not start a copy of it: {error}"
         raise DrillFailedError(msg, reason="start") from error
     variables = ""

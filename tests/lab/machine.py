@@ -41,6 +41,11 @@ _PACKAGES = (
     "ca-certificates,systemd,systemd-sysv,dbus,polkitd,libvirt-daemon-system,libvirt-clients,qemu-system-x86,"
     "qemu-utils,python3,tzdata,procps"
 )
+# Nobody reads there, but what comes with our own package is to be seen.
+_LEFT_OUT = (
+    "path-exclude=/usr/share/doc/* path-exclude=/usr/share/man/* path-exclude=/usr/share/locale/* "
+    "path-include=/usr/share/doc/kvmsnapd/* path-include=/usr/share/man/man1/kvmsnapd*"
+)
 _UP_WITHIN_S = 60.0
 _BOOT_FILES = Path("/srv/boot")
 _GUESTS = Path("/srv/guests")
@@ -123,11 +128,12 @@ def _kept_root(name: str, release: str) -> Iterator[Path]:
     root, stamp = place / name, place / f"{name}.stamp"
     with (place / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not stamp.exists() or stamp.read_text() != _PACKAGES:
+        wanted = f"{_PACKAGES} {_LEFT_OUT}"
+        if not stamp.exists() or stamp.read_text() != wanted:
             stamp.unlink(missing_ok=True)
             shutil.rmtree(root, ignore_errors=True)
             _make_root(release, root)
-            stamp.write_text(_PACKAGES)
+            stamp.write_text(wanted)
         yield root
 
 
@@ -140,7 +146,7 @@ def _make_root(release: str, root: Path) -> None:
     ]
     # apt's own user may not be able to read where the packages lie.
     settings += ['--aptopt=APT::Sandbox::User "root"', '--aptopt=APT::Install-Recommends "false"']
-    slim = [f"--dpkgopt=path-exclude=/usr/share/{folder}/*" for folder in ("doc", "man", "locale")]
+    slim = [f"--dpkgopt={rule}" for rule in _LEFT_OUT.split()]
     options = ["--quiet", "--mode=root", "--variant=minbase", f"--include={_PACKAGES}", *settings, *slim]
     run("mmdebstrap", *options, release, root, mirror.split()[0], timeout_s=900)
     with (root / "etc/libvirt/qemu.conf").open("a") as qemu:

@@ -109,7 +109,7 @@ def test_a_daemon_tells_how_it_is_from_start_to_end(
 ) -> None:
     daemon = DaemonProcess(tmp_path / "daemon", write_test_host(tmp_path, {"db01": True}), POLICIES)
     monkeypatch.setenv("NOTIFY_SOCKET", listener.address)
-    monkeypatch.setenv("WATCHDOG_USEC", "2000000")
+    monkeypatch.setenv("WATCHDOG_USEC", "30000000")
     daemon.start()
     assert listener.next() == {"READY": "1"}
     daemon.wait_for(lambda: listener.next()["STATUS"].startswith("1 domain(s) protected, next db01/slow at "))
