@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from os import PathLike
 
+_MOST_TOLD = 2000
+"""Bytes of what a failing command printed: some complain there."""
+
 
 class LabError(Exception):
     """The test ground itself failed; says nothing about the program under test."""
@@ -29,7 +32,7 @@ def run(*command: str | PathLike[str], timeout_s: float = 60.0, stdin: bytes = b
         msg = f"{words}: no end after {timeout_s:.0f} s"
         raise LabError(msg) from error
     if done.returncode != 0:
-        complaint = done.stderr.decode(errors="replace").strip()
+        complaint = (done.stdout[-_MOST_TOLD:] + done.stderr).decode(errors="replace").strip()
         msg = f"{words}: exit status {done.returncode}: {complaint}"
         raise LabError(msg)
     return done.stdout.decode()

@@ -42,10 +42,7 @@ _PACKAGES = (
     "qemu-utils,python3,tzdata,procps"
 )
 # Nobody reads there, but what comes with our own package is to be seen.
-_LEFT_OUT = (
-    "path-exclude=/usr/share/doc/* path-exclude=/usr/share/man/* path-exclude=/usr/share/locale/* "
-    "path-include=/usr/share/doc/kvmsnapd/* path-include=/usr/share/man/man1/kvmsnapd*"
-)
+_LEFT_OUT = "path-exclude=/usr/share/locale/* path-exclude=/usr/share/doc/* path-include=/usr/share/doc/kvmsnapd/*"
 _UP_WITHIN_S = 60.0
 _BOOT_FILES = Path("/srv/boot")
 _GUESTS = Path("/srv/guests")

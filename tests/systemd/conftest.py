@@ -54,9 +54,10 @@ def machines(
             if release not in running:
                 machine = lab.Machine(release, directory)
                 clean_up.enter_context(machine)
-                running[release] = Installed(machine)
                 shutil.copy(packages(release), machine.root / "srv/kvmsnapd.deb")
-                running[release].install()
+                host = Installed(machine)
+                host.install()
+                running[release] = host
             return running[release]
 
         yield get

@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.systemd, pytest.mark.slow]
 _SHIPPED = Path("/usr/share/doc/kvmsnapd/systemd/acl/kvmsnapd.rules")
 _RULES = Path("/etc/polkit-1/rules.d/50-kvmsnapd.rules")
 _DRILLS = '["domain.init-control", "domain.open-device", "domain.save", "domain.start", "domain.stop"]'
-VERIFIED = FAST.replace("    min_free", "    verify: {schedule: every 5s, memory: 128MiB}\n    min_free")
+VERIFIED = FAST.replace("    min_free", "    verify: {schedule: hourly, memory: 128MiB}\n    min_free")
 
 
 @pytest.fixture
@@ -48,7 +48,8 @@ def test_the_stricter_rule_is_enough_for_schedules_and_drills_and_refuses_the_re
     host.wait_taken(4)
     assert host.wait_for(lambda: host.events("drill.finished"))[0]["ok"]
     assert {run["consistency"] for run in host.taken()} == {"filesystem"}
-    host.wait_for(lambda: len(host.guest.snapshots) <= 3)
+    # Asked inside: the access driver refuses who has no process number there, as a test has not.
+    host.wait_for(lambda: len(host.shell(f"virsh snapshot-list --name {host.guest.name}").split()) <= 3)
     assert not [event for event in host.events("run.finished") if event["result"] == "failed"]
     host.shell("systemctl stop kvmsnapd.service")
     for refused in ("undefine", "managedsave", "screenshot"):
