@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 import threading
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -12,6 +10,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from kvmsnapd.series import Collector
 from kvmsnapd.tally import Tally
+from kvmsnapd.whole_file import replace_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
@@ -20,8 +19,6 @@ if TYPE_CHECKING:
     from kvmsnapd.events import Event
     from kvmsnapd.fleet import Fleet, Pair
     from kvmsnapd.series import Observation
-
-_READABLE_BY_ALL = 0o644
 
 
 class Metrics:
@@ -62,18 +59,11 @@ class Metrics:
             self.tally = self.tally.without_failures(keys)
 
     def write_textfile(self, path: Path) -> None:
-        """Write all series into a file for node_exporter, at once; raise OSError if that cannot be done."""
-        text = generate_latest(self.registry)
-        # Under a name that nobody can foresee: the folder may be another user's. Its collector reads *.prom only.
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as draft:
-            try:
-                draft.write(text)
-                os.fchmod(draft.fileno(), _READABLE_BY_ALL)  # node_exporter runs as another user
-                draft.close()
-                os.replace(draft.name, path)  # noqa: PTH105
-            except BaseException:
-                os.unlink(draft.name)  # noqa: PTH108
-                raise
+        """Write all series into a file for node_exporter, at once; raise OSError if that cannot be done.
+
+        Its collector runs as another user, and reads `*.prom` only.
+        """
+        replace_file(path, generate_latest(self.registry))
 
 
 def _has_recovered(pair: Pair, tally: Tally) -> bool:

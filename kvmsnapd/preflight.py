@@ -268,7 +268,7 @@ def _consistency(domain: Domain, policy: Policy) -> Consistency | Refusal:
         return Consistency.FILESYSTEM
     if policy.consistency is ConsistencyRule.FILESYSTEM_PREFERRED:
         return Consistency.CRASH
-    missing = "is paused" if domain.state is DomainState.PAUSED else "has no guest agent connected"
+    missing = "is paused" if domain.state is DomainState.PAUSED else "has no guest agent that answers"
     return Refusal(
         RefusalReason.AGENT,
         f"policy {policy.name} requires consistency: filesystem and the domain {missing}; start qemu-guest-agent "

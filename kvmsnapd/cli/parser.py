@@ -76,6 +76,17 @@ def _add_service(add: Callable[..., argparse.ArgumentParser]) -> None:
         metavar="DOMAIN",
         help="print what applies to these domains, or to all, and the place each value comes from",
     )
+    init = add(
+        "init",
+        ("init", "init"),
+        "Propose a configuration for the domains that are here.",
+        "Prints it with comments, as the daemon itself would decide what can be taken of each. Writes only when told.",
+    )
+    init.add_argument(
+        "--write",
+        action="store_true",
+        help="write it to the configuration file, unless there is another one than the shipped one",
+    )
     add("schema", ("check", "schema"), "Print the JSON Schema of the configuration.", "For editors and checkers.")
     add("manual", ("manual", "manual"), "Print the manual page.", "To read it: kvmsnapd manual | man -l -")
     completion = add(

@@ -258,31 +258,42 @@ class Guest:
 
     def execute(self, script: str) -> None:
         """Run a shell script in the guest through its agent; LabError when it fails."""
-        started = self.ask_agent("guest-exec", path="/bin/sh", arg=["-c", script])
-        while not (status := self.ask_agent("guest-exec-status", pid=started["pid"]))["exited"]:
+        started = self._ask_thawed("guest-exec", path="/bin/sh", arg=["-c", script])
+        while not (status := self._ask_thawed("guest-exec-status", pid=started["pid"]))["exited"]:
             time.sleep(0.02)
         if status.get("exitcode") != 0:
             msg = f"guest {self.name}: {script!r} failed: {status}"
             raise LabError(msg)
 
+    def _ask_thawed(self, command: str, /, **arguments: object) -> Any:  # noqa: ANN401
+        """Ask the agent something that it does not do while the file systems are frozen: a snapshot may be taken."""
+        deadline = time.monotonic() + _AGENT_TIMEOUT_S
+        while True:
+            try:
+                return self.ask_agent(command, **arguments)
+            except libvirt.libvirtError as error:
+                if "frozen" not in str(error) or time.monotonic() > deadline:
+                    raise
+            time.sleep(0.05)
+
     def write(self, path: str, data: bytes) -> None:
         """Make this the content of a file in the guest (`/mnt/…` is its first disk), safely on the disk."""
-        handle = self.ask_agent("guest-file-open", path=path, mode="w")
+        handle = self._ask_thawed("guest-file-open", path=path, mode="w")
         for start in range(0, len(data), _AGENT_CHUNK):
             chunk = base64.b64encode(data[start : start + _AGENT_CHUNK]).decode()
-            self.ask_agent("guest-file-write", handle=handle, buf_b64=chunk)
-        self.ask_agent("guest-file-close", handle=handle)
+            self._ask_thawed("guest-file-write", handle=handle, buf_b64=chunk)
+        self._ask_thawed("guest-file-close", handle=handle)
         self.execute("sync")
 
     def read(self, path: str) -> bytes:
         """Return the content of a file in the guest."""
-        handle = self.ask_agent("guest-file-open", path=path, mode="r")
+        handle = self._ask_thawed("guest-file-open", path=path, mode="r")
         data = b""
         while True:
-            answer = self.ask_agent("guest-file-read", handle=handle, count=_AGENT_CHUNK)
+            answer = self._ask_thawed("guest-file-read", handle=handle, count=_AGENT_CHUNK)
             data += base64.b64decode(answer["buf-b64"])
             if answer["eof"]:
-                self.ask_agent("guest-file-close", handle=handle)
+                self._ask_thawed("guest-file-close", handle=handle)
                 return data
 
     def hang_agent(self, seconds: float) -> None:

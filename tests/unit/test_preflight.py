@@ -167,7 +167,7 @@ def test_internal_snapshots_have_no_chain_limit() -> None:
 @pytest.mark.parametrize(
     ("fields", "missing"),
     [
-        ({"agent_connected": False}, "has no guest agent connected"),
+        ({"agent_connected": False}, "has no guest agent that answers"),
         ({"state": DomainState.PAUSED}, "is paused"),
     ],
 )
