@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 POLICIES = {
     "standard": """\
   # Overlays on top of each disk: a running guest is not stopped for them. Each makes the backing chain one file longer
-  # until it is merged again, so this keeps no more than 16.
+  # until it is merged again, so this policy keeps 13 at the most.
   standard:
     schedule: hourly
     keep: {last: 2, hourly: 6, daily: 5, weekly: 3}
@@ -87,7 +87,7 @@ def choose(domain: Domain, policies: Mapping[str, Policy], capabilities: Capabil
         if answer.reason.heals:
             return Choice(domain, name, f"Not now: {answer.detail}.")
     first = next(answer for answer in answers.values() if isinstance(answer, Refusal))
-    return Choice(domain, None, f"{first.detail[:1].upper()}{first.detail[1:]}.")
+    return Choice(domain, None, f"{first.detail}.")
 
 
 def render(choices: Sequence[Choice], *, timezone: str, connect: str | None) -> str:

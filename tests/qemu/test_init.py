@@ -1,4 +1,4 @@
-"""`kvmsnapd init` on real guests of every kind: what it proposes is valid, and what it says of each domain comes true."""
+"""`kvmsnapd init` on real guests of every kind: what it proposes can be taken."""
 
 from __future__ import annotations
 
