@@ -1,0 +1,65 @@
+"""Run the daemon in virtual time: `python -m tests.soak.daemon START HOURS REPORT SOCKET run --config …`.
+
+REPORT gets a JSON line for each six virtual hours: what the process takes then. SOCKET is where the metrics are.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+from datetime import datetime, timedelta
+from pathlib import Path
+
+from tests.soak.virtual_time import VirtualTime
+
+
+def main() -> int:
+    """Return the daemon's exit code."""
+    start, hours, report, metrics, *arguments = sys.argv[1:]
+    virtual = VirtualTime(datetime.fromisoformat(start))
+
+    from kvmsnapd import scheduler  # noqa: PLC0415  # sees the virtual time only if imported now
+    from kvmsnapd.cli import main as kvmsnapd  # noqa: PLC0415
+
+    schedulers: list[scheduler.JobScheduler] = []
+    make = scheduler.JobScheduler.__init__
+
+    def noted(self: scheduler.JobScheduler, *words: object, **named: object) -> None:
+        schedulers.append(self)
+        make(self, *words, **named)  # type: ignore[arg-type]
+
+    scheduler.JobScheduler.__init__ = noted  # type: ignore[method-assign]
+
+    def busy() -> bool:
+        return bool(schedulers and schedulers[0].active())
+
+    def look() -> None:
+        taken = {
+            "hours": virtual.elapsed / 3600,
+            "scrape": len(_scrape(metrics)),
+            "resident_mib": int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE") / 2**20,
+            "threads": len(os.listdir("/proc/self/task")),  # noqa: PTH208
+            "descriptors": len(os.listdir("/proc/self/fd")),  # noqa: PTH208
+        }
+        with Path(report).open("a") as file:
+            file.write(f"{json.dumps(taken)}\n")
+
+    virtual.drive(timedelta(hours=float(hours)), busy=busy, every=timedelta(hours=6), look=look)
+    return kvmsnapd(arguments)
+
+
+def _scrape(path: str) -> bytes:
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(20)
+        client.connect(path)
+        client.sendall(b"GET /metrics HTTP/1.1\r\nHost: soak\r\nConnection: close\r\n\r\n")
+        answer = b""
+        while more := client.recv(65536):
+            answer += more
+    return answer
+
+
+if __name__ == "__main__":
+    sys.exit(main())

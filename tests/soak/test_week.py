@@ -1,0 +1,155 @@
+"""A week in minutes: fifty domains, five policies, clock changes and a leap day; nothing is lost, doubled or leaked."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, time, timedelta
+from statistics import median
+from typing import TYPE_CHECKING
+from zoneinfo import ZoneInfo
+
+import pytest
+
+from kvmsnapd.demo import write_test_host
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+
+DOMAINS = {"busy": 4, "hourly": 10, "berlin": 12, "sydney": 12, "newyork": 12}
+CONFIG = """\
+policies:
+  busy: {schedule: every 15m, keep: {last: 2, within: 1h}, splay: 0s}
+  hourly: {schedule: hourly, keep: {last: 3, daily: 2}, splay: 2m}
+  berlin: {schedule: "30 2 * * *", timezone: Europe/Berlin, keep: {daily: 3}}
+  sydney: {schedule: "30 2 * * *", timezone: Australia/Sydney, keep: {last: 2}}
+  newyork: {schedule: "0 */6 * * *", timezone: America/New_York, keep: {last: 1, weekly: 2}, splay: 5m}
+defaults: {kind: internal}
+domains: {busy-*: [busy], hourly-*: [hourly], berlin-*: [berlin], sydney-*: [sydney], newyork-*: [newyork]}
+tick: 5m
+log: {level: info, format: json}
+"""
+HOURS = float(os.environ.get("SOAK_HOURS", "168"))
+"""Of the week; more by hand."""
+
+
+def every(step: timedelta) -> Callable[[datetime, datetime], Iterator[datetime]]:
+    """Return what yields each full multiple of a step, which divides a day."""
+
+    def slots(start: datetime, end: datetime) -> Iterator[datetime]:
+        at = datetime(start.year, start.month, start.day, tzinfo=UTC) - timedelta(days=1)
+        while at <= end:
+            yield at
+            at += step
+
+    return slots
+
+
+def local(zone: str, *times: time, moved: dict[date, datetime] | None = None) -> Callable[..., Iterator[datetime]]:
+    """Return what yields these times of each day in a zone; `moved` are those that a clock change leaves out."""
+
+    def slots(start: datetime, end: datetime) -> Iterator[datetime]:
+        day = start.date() - timedelta(days=2)
+        while day <= end.date() + timedelta(days=2):
+            for at in times:
+                yield (moved or {}).get(day, datetime.combine(day, at, ZoneInfo(zone)).astimezone(UTC))
+            day += timedelta(days=1)
+
+    return slots
+
+
+# Said again, by hand: on 26 March 2028 Berlin has no 02:30, the clock goes from 02:00 to 03:00 at 01:00 UTC. On 2 April
+# Sydney has it twice.
+SLOTS = {
+    "busy": every(timedelta(minutes=15)),
+    "hourly": every(timedelta(hours=1)),
+    "berlin": local("Europe/Berlin", time(2, 30), moved={date(2028, 3, 26): datetime(2028, 3, 26, 1, tzinfo=UTC)}),
+    "sydney": local("Australia/Sydney", time(2, 30)),
+    "newyork": local("America/New_York", time(0), time(6), time(12), time(18)),
+}
+
+
+@dataclass(frozen=True)
+class Soak:
+    """What a daemon has logged and taken in a span of virtual time."""
+
+    start: datetime
+    end: datetime
+    events: list[dict[str, object]]
+    report: list[dict[str, float]]
+
+    def taken(self) -> Counter[tuple[str, datetime]]:
+        """Return how often each slot of each domain was taken."""
+        return Counter(
+            (str(event["domain"]), datetime.fromisoformat(str(event["scheduled_at"])))
+            for event in self.events
+            if event["event"] == "run.finished" and event["result"] == "taken"
+        )
+
+    def expected(self) -> set[tuple[str, datetime]]:
+        """Return the slots of the span, and for each domain the one before it, which is caught up."""
+        found = set()
+        for policy, count in DOMAINS.items():
+            slots = sorted(set(SLOTS[policy](self.start, self.end)))
+            before = max(slot for slot in slots if slot <= self.start)
+            # A run that is due at the very end, or spread to after it, may or may not be seen.
+            wanted = [before, *(slot for slot in slots if self.start < slot <= self.end - timedelta(minutes=10))]
+            found |= {(f"{policy}-{number}", slot) for number in range(count) for slot in wanted}
+        return found
+
+
+def soak(directory: Path, start: str, hours: float) -> Soak:
+    uri = write_test_host(directory, {f"{name}-{n}": True for name, count in DOMAINS.items() for n in range(count)})
+    socket = directory / "metrics.sock"
+    own = f"state_directory: {directory}/state\nruntime_directory: {directory}/run\nmetrics: {{listen: {socket}}}\n"
+    config, log, report = directory / "kvmsnapd.yaml", directory / "log", directory / "report"
+    config.write_text(CONFIG + own)
+    command = [sys.executable, "-m", "tests.soak.daemon", start, str(hours), str(report), str(socket)]
+    with log.open("wb") as output:
+        done = subprocess.run(
+            [*command, "run", "--config", str(config), "--connect", uri], stderr=output, timeout=1100, check=False
+        )
+    assert done.returncode == 0, log.read_text()[-5000:]
+    begun = datetime.fromisoformat(start)
+    return Soak(
+        begun,
+        begun + timedelta(hours=hours),
+        [json.loads(line) for line in log.read_text().splitlines()],
+        [json.loads(line) for line in report.read_text().splitlines()],
+    )
+
+
+def assert_all_went_well(found: Soak) -> None:
+    unexpected = [event for event in found.events if event["level"] not in {"info", "debug"}]
+    assert unexpected == []
+    taken, expected = found.taken(), found.expected()
+    assert expected - taken.keys() == set()  # none is lost
+    assert {slot: count for slot, count in taken.items() if count > 1} == {}  # none is doubled
+    last = found.end - timedelta(minutes=10)
+    assert {(domain, slot) for domain, slot in taken.keys() - expected if slot <= last} == set()
+    print(f"{len(taken)} runs of {sum(DOMAINS.values())} domains, none lost, none doubled")
+
+
+def test_a_week_with_two_clock_changes(tmp_path: Path) -> None:
+    found = soak(tmp_path, "2028-03-25T23:50:00+00:00", HOURS)
+    assert_all_went_well(found)
+    days = [sample for sample in found.report if sample["hours"] >= 24]  # the first day fills what is kept
+    first, last = days[: len(days) // 3], days[-len(days) // 3 :]
+    for what, most in (("resident_mib", 1.03), ("threads", 1.0), ("descriptors", 1.0), ("scrape", 1.02)):
+        before, after = (median(sample[what] for sample in part) for part in (first, last))
+        print(f"{what}: {before:.1f} on the second and third day, {after:.1f} on the last two")
+        assert after <= before * most, found.report
+
+
+def test_a_leap_day(tmp_path: Path) -> None:
+    found = soak(tmp_path, "2028-02-28T12:00:00+00:00", 48)
+    assert_all_went_well(found)
+    of_the_day = [slot for _, slot in found.taken() if slot.date() == date(2028, 2, 29)]
+    assert len(of_the_day) == 4 * 96 + 10 * 24 + 12 + 12 + 12 * 4
