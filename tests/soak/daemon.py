@@ -20,20 +20,20 @@ def main() -> int:
     start, hours, report, metrics, *arguments = sys.argv[1:]
     virtual = VirtualTime(datetime.fromisoformat(start))
 
-    from kvmsnapd import scheduler  # noqa: PLC0415  # sees the virtual time only if imported now
     from kvmsnapd.cli import main as kvmsnapd  # noqa: PLC0415
+    from kvmsnapd.scheduler import JobScheduler  # noqa: PLC0415  # sees the virtual time only if imported now
 
-    schedulers: list[scheduler.JobScheduler] = []
-    make = scheduler.JobScheduler.__init__
+    schedulers: list[JobScheduler] = []
+    make = JobScheduler.__init__
 
-    def noted(self: scheduler.JobScheduler, *words: object, **named: object) -> None:
+    def noted(self: JobScheduler, *words: object, **named: object) -> None:
         schedulers.append(self)
         make(self, *words, **named)  # type: ignore[arg-type]
 
-    scheduler.JobScheduler.__init__ = noted  # type: ignore[method-assign]
+    JobScheduler.__init__ = noted  # type: ignore[method-assign]
 
     def busy() -> bool:
-        return bool(schedulers and schedulers[0].active())
+        return any(scheduler.active() or scheduler._owed_since is not None for scheduler in schedulers)
 
     def look() -> None:
         taken = {

@@ -48,7 +48,7 @@ class VirtualTime:
                         return event.is_set()
             return True
 
-        def sleep(seconds: float) -> None:
+        def sleep(seconds: Any) -> None:  # noqa: ANN401
             with virtual._waiting(seconds) as over:
                 while not over():
                     _sleep(_SLICE)
