@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from kvmsnapd.config.files import Contents
 
 _NOTE, _LOCK = "config.json", "daemon.lock"
+_NOTE_VERSION = 1
 _LOOKS_TO_SETTLE = 2
 _LOCK_SECONDS = 1.0
 
@@ -124,6 +125,7 @@ class LiveConfig:
         """Tell other processes what this one runs; a disk that is full is no reason to stop."""
         try:
             note = {
+                "version": _NOTE_VERSION,
                 "pid": os.getpid(),
                 "path": os.path.realpath(self.path),
                 "loaded_at": self.loaded_at.isoformat(),
@@ -145,6 +147,9 @@ def read_note(path: Path | None, runtime_directory: Path) -> dict[str, Any] | No
     Args:
         path: the file that it must go by; None for any.
         runtime_directory: the daemon's.
+
+    Raises:
+        KvmsnapdError: a daemon of another version runs, whose note may mean something else.
     """
     try:
         note: dict[str, Any] = json.loads((runtime_directory / _NOTE).read_text())
@@ -153,6 +158,9 @@ def read_note(path: Path | None, runtime_directory: Path) -> dict[str, Any] | No
             return None  # nobody holds it: the daemon is dead
     except BlockingIOError:
         ours = isinstance(note, dict) and (path is None or note.get("path") == os.path.realpath(path))
+        if ours and note.get("version") != _NOTE_VERSION:
+            msg = "the daemon that runs is of another version than this command: systemctl restart kvmsnapd"
+            raise KvmsnapdError(msg) from None
         return note if ours else None
     except (OSError, ValueError):
         return None

@@ -41,7 +41,7 @@ def init(arguments: argparse.Namespace) -> int:
     if not arguments.write:
         sys.stdout.write(proposal.text)
         print(
-            f"kvmsnapd: {proposal.counted}; nothing was written. To have this in {path}: kvmsnapd init --write",
+            f"kvmsnapd: {proposal.counted}; nothing was written. To have this in {path}: the same with --write",
             file=sys.stderr,
         )
         return 0

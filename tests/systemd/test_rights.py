@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.systemd, pytest.mark.slow]
 
 _SHIPPED = Path("/usr/share/doc/kvmsnapd/systemd/acl/kvmsnapd.rules")
+_RULE = Path("/usr/share/polkit-1/rules.d/60-kvmsnapd.rules")
 _RULES = Path("/etc/polkit-1/rules.d/50-kvmsnapd.rules")
 _DRILLS = '["domain.init-control", "domain.open-device", "domain.save", "domain.start", "domain.stop"]'
 VERIFIED = FAST.replace("    min_free", "    verify: {schedule: hourly, memory: 128MiB}\n    min_free")
@@ -39,6 +40,19 @@ def test_nobody_else_is_let_in_by_the_rule_of_the_package(host: Installed) -> No
     assert host.guest.name in host.shell("runuser -u kvmsnapd -- virsh -c qemu:///system list --name")
     with pytest.raises(LabError, match="authentication"):
         host.shell("runuser -u somebody -- virsh -c qemu:///system list --name")
+
+
+def test_without_the_rule_the_group_libvirt_is_enough(host: Installed) -> None:
+    host.shell(f"mv {_RULE} /srv; systemctl restart polkit")
+    try:
+        host.configure(FAST)
+        with pytest.raises(LabError, match="authentication"):
+            host.shell("runuser -u kvmsnapd -- virsh -c qemu:///system list")
+        host.shell("usermod -aG libvirt kvmsnapd; systemctl start kvmsnapd.service")
+        host.wait_taken(3)
+        host.wait_for(lambda: len(host.guest.snapshots) <= 3)
+    finally:
+        host.shell(f"mv /srv/{_RULE.name} {_RULE}; gpasswd -d kvmsnapd libvirt; systemctl restart polkit")
 
 
 def test_the_stricter_rule_is_enough_for_schedules_and_drills_and_refuses_the_rest(strict_host: Installed) -> None:

@@ -338,6 +338,13 @@ def test_a_note_that_is_broken_is_none(told: Bench, tmp_path: Path, content: str
     assert read_note(told.path, tmp_path) is None
 
 
+def test_a_note_of_another_version_is_not_guessed_at(told: Bench, tmp_path: Path) -> None:
+    note = json.loads(told.note.read_text())
+    told.note.write_text(json.dumps(note | {"version": 99}))
+    with pytest.raises(KvmsnapdError, match="of another version than this command"):
+        read_note(told.path, tmp_path)
+
+
 def test_a_disk_without_room_for_the_note_is_no_reason_to_stop(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
     (tmp_path / "config.json.new").mkdir()
