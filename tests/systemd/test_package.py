@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import re
 import subprocess
 from pathlib import Path
@@ -86,6 +87,13 @@ def test_each_module_is_compiled_as_nobody_can_do_it_later(unpacked: Path) -> No
     sources = {path for path in site.rglob("*.py") if "kvmsnapd/" in str(path.relative_to(site))}
     compiled = {path.parent.parent / f"{path.name.partition('.')[0]}.py" for path in site.rglob("*.pyc")}
     assert sources - compiled == set()
+
+
+def test_the_manual_page_is_where_man_looks_for_it(unpacked: Path) -> None:
+    page = gzip.decompress((unpacked / "usr/share/man/man8/kvmsnapd.8.gz").read_bytes()).decode()
+    assert page.startswith('.TH KVMSNAPD "8"')
+    unit = (unpacked / "usr/lib/systemd/system/kvmsnapd.service").read_text()
+    assert "Documentation=man:kvmsnapd(8)" in unit
 
 
 def test_the_scripts_can_be_read_by_a_shell(unpacked: Path) -> None:
