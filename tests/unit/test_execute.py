@@ -311,8 +311,8 @@ def test_a_refused_domain_is_skipped_with_its_reason_and_untouched(bench: Bench)
     assert bench.names == []
 
 
-def test_a_domain_somebody_else_works_on_is_skipped(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvmsnapd.execute.LOCK_WAIT", timedelta(seconds=0.1))
+def test_a_domain_somebody_else_works_on_is_skipped(bench: Bench) -> None:
+    bench.executor.lock_wait = timedelta(seconds=0.1)
     with bench.locks.hold(bench.uuid, wait=timedelta(0)):
         assert bench.run().result == "skipped"
     assert bench.said(RunSkipped)[0].reason == "locked"
