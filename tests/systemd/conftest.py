@@ -73,4 +73,5 @@ def host(request: pytest.FixtureRequest, machines: Callable[[str], Installed]) -
     host = machines(request.param)
     host.use(host.machine.add_guest(f"db{next(_numbers)}"))
     yield host
+    print(host.shell("journalctl --no-pager -n 80 -u kvmsnapd.service || true"))  # pytest shows it if the test failed
     host.clean()
