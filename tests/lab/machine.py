@@ -43,6 +43,7 @@ _PACKAGES = (
 )
 # Nobody reads there, but what comes with our own package is to be seen.
 _LEFT_OUT = "path-exclude=/usr/share/locale/* path-exclude=/usr/share/doc/* path-include=/usr/share/doc/kvmsnapd/*"
+_UNCHROOTED = (sys.executable, "-m", "tests.lab.unchrooted")
 _UP_WITHIN_S = 60.0
 _BOOT_FILES = Path("/srv/boot")
 _GUESTS = Path("/srv/guests")
@@ -185,7 +186,7 @@ class Machine:
         options = ["--quiet", "--register=no", "--keep-unit", "--private-network", "--console=pipe", "--boot"]
         with self._log.open("ab") as log:
             self._nspawn = subprocess.Popen(
-                ["systemd-nspawn", "-D", str(self.root), "-M", f"{self.release}-{os.getpid()}", *options],
+                [*_UNCHROOTED, "systemd-nspawn", "-D", str(self.root), "-M", f"{self.release}-{os.getpid()}", *options],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
