@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from pathlib import Path
 
 _NEW_MOUNTS = 0x20000  # <linux/sched.h>, CLONE_NEWNS
 _BIND, _RECURSIVE, _PRIVATE, _DETACH = 0x1000, 0x4000, 0x40000, 2  # <linux/mount.h>
@@ -29,9 +30,10 @@ def main() -> None:
     _checked("setns", _libc.setns(mounts, _NEW_MOUNTS))  # outside of any chroot
     _checked("mount", _libc.mount(b"none", b"/", None, _RECURSIVE | _PRIVATE, None))
     os.fchdir(root)
-    if os.getcwd() != "/":
+    place = Path.cwd()
+    if place != Path("/"):
         _checked("mount", _libc.mount(b".", b".", None, _BIND | _RECURSIVE, None))
-        os.chdir(os.getcwd())  # onto what was just mounted there
+        os.chdir(place)  # onto what was just mounted there
         _checked("pivot_root", _libc.syscall(_PIVOT_ROOT[os.uname().machine], b".", b"."))
         _checked("umount", _libc.umount2(b".", _DETACH))
         os.chdir("/")
