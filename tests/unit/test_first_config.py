@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmsnapd.cli import EXIT_USAGE, main
+from kvmsnapd.cli import EXIT_CONFIG, EXIT_USAGE, main
+from kvmsnapd.cli import init as init_command
 from kvmsnapd.cli.init import propose
 from kvmsnapd.config import load_contents
 from kvmsnapd.config.reference import render_default_file
@@ -196,6 +197,57 @@ def test_where_it_cannot_write_it_says_so(tmp_path: Path, capsys: pytest.Capture
     config = tmp_path / "nowhere/kvmsnapd.yaml"
     assert main(["init", "--config", str(config), "--connect", uri, "--write"]) == EXIT_USAGE
     assert f"{config}: cannot be written: No such file or directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shipped", [True, False])
+def test_it_leaves_alone_what_conf_d_protects_already(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], *, shipped: bool
+) -> None:
+    uri = write_test_host(tmp_path, {"db01": True})
+    config, part = tmp_path / "kvmsnapd.yaml", tmp_path / "conf.d/mine.yaml"
+    if shipped:
+        config.write_text(render_default_file())
+    part.parent.mkdir()
+    part.write_text("log: {level: debug}\ndomains: {db01: []}\n")
+    assert main(["init", "--config", str(config), "--connect", uri, "--write"]) == EXIT_USAGE
+    assert f"{part}:2:1: `domains` is given already; nothing was written" in capsys.readouterr().err
+    assert config.exists() is shipped
+
+
+def test_it_writes_beside_a_conf_d_that_is_about_something_else(tmp_path: Path) -> None:
+    uri = write_test_host(tmp_path, {"db01": True})
+    config, part = tmp_path / "kvmsnapd.yaml", tmp_path / "conf.d/mine.yaml"
+    part.parent.mkdir()
+    part.write_text("log: {level: debug}\n")
+    assert main(["init", "--config", str(config), "--connect", uri, "--write"]) == 0
+    assert main(["check-config", "--config", str(config), "--connect", uri]) == 0
+
+
+def test_a_conf_d_that_cannot_be_understood_is_told_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config, part = tmp_path / "kvmsnapd.yaml", tmp_path / "conf.d/mine.yaml"
+    part.parent.mkdir()
+    part.write_text("log: {level: debug\n")
+    assert main(["init", "--config", str(config), "--write"]) == EXIT_CONFIG
+    assert str(part) in capsys.readouterr().err
+    assert not config.exists()
+
+
+def test_a_configuration_that_cannot_be_read_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["init", "--config", str(tmp_path), "--write"]) == EXIT_USAGE
+    assert f"{tmp_path}: cannot be read: Is a directory; nothing was written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("target", ["/usr/share/zoneinfo/Mars/Phobos", "/nowhere", None])
+def test_a_host_whose_time_zone_is_not_known_gets_utc_and_is_told(
+    target: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    localtime = tmp_path / "localtime"
+    if target:
+        localtime.symlink_to(target)
+    monkeypatch.setattr(init_command, "_LOCALTIME", localtime)
+    uri = write_test_host(tmp_path, {"db01": True})
+    assert main(["init", "--connect", uri]) == 0
+    assert "no name that is known here; change this if need be.\ntimezone: UTC\n" in capsys.readouterr().out
 
 
 def test_a_disk_that_cannot_be_covered_is_named() -> None:
