@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from kvmsnapd.matching import fits, is_pattern, is_uuid
-from kvmsnapd.model import Consistency
+from kvmsnapd.model import Consistency, DomainState
 from kvmsnapd.preflight import plan_take
 from kvmsnapd.refusal import Refusal
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
     from datetime import datetime
 
-    from kvmsnapd.model import Capabilities, Domain
+    from kvmsnapd.model import Capabilities, Domain, TakeRequest
     from kvmsnapd.policy import Policy
 
 POLICIES = {
@@ -76,26 +76,42 @@ class Choice:
 
 
 def choose(domain: Domain, policies: Mapping[str, Policy], capabilities: Capabilities, *, now: datetime) -> Choice:
-    """Return the first of these policies by which this domain can be protected, as the daemon itself would decide."""
-    answers = {
-        name: plan_take(domain, policy, capabilities, slot=now, now=now, policies=(policy,))
-        for name, policy in policies.items()
-    }
-    for name, answer in answers.items():
-        if not isinstance(answer, Refusal):
-            return Choice(domain, name, _NOTES[answer.mark.consistency])
-        if answer.reason.heals:
-            return Choice(domain, name, f"Not now: {answer.detail}.")
-    first = next(answer for answer in answers.values() if isinstance(answer, Refusal))
-    return Choice(domain, None, f"{first.detail}.")
+    """Return the first of these policies by which this domain can be protected, as the daemon itself would decide.
+
+    What passes must not hide what stays: a crashed domain with internal snapshots still needs a policy of their kind.
+    """
+
+    def ask(subject: Domain, policy: Policy) -> TakeRequest | Refusal:
+        return plan_take(subject, policy, capabilities, slot=now, now=now, policies=(policy,))
+
+    settled, lasting = _settled(domain), ""
+    for name, policy in policies.items():
+        later, today = ask(settled, policy), ask(domain, policy)
+        if isinstance(later, Refusal) and not later.reason.heals:
+            lasting = lasting or later.detail
+        elif isinstance(today, Refusal):
+            return Choice(domain, name, f"Not now: {today.detail}.")
+        else:
+            return Choice(domain, name, _NOTES[today.mark.consistency])
+    return Choice(domain, None, f"{lasting}.")
 
 
-def render(choices: Sequence[Choice], *, timezone: str, connect: str | None) -> str:
+def _settled(domain: Domain) -> Domain:
+    """Return the domain without what may go away by itself."""
+    return replace(
+        domain,
+        state=DomainState.RUNNING if domain.state is DomainState.UNSETTLED else domain.state,
+        managed_save=False,
+        disks=tuple(replace(disk, block_job=False) for disk in domain.disks),
+    )
+
+
+def render(choices: Sequence[Choice], *, timezone: str | None, connect: str | None) -> str:
     """Return the whole file.
 
     Args:
         choices: of all domains of the host.
-        timezone: of the schedules.
+        timezone: of the schedules; None if the host's has no name, which makes it UTC, with a comment.
         connect: the libvirt to work on, None for the usual one.
     """
     used = [name for name in POLICIES if any(choice.policy == name for choice in choices)] or ["standard"]
@@ -106,7 +122,8 @@ def render(choices: Sequence[Choice], *, timezone: str, connect: str | None) -> 
             "# All settings: /etc/kvmsnapd/kvmsnapd.schema.json, and config/README.md of the project.",
             "",
             *([f"connect: {_quoted(connect)}"] if connect else []),
-            f"timezone: {_quoted(timezone)}",
+            *([] if timezone else ["# This host's time zone has no name that is known here; change this if need be."]),
+            f"timezone: {_quoted(timezone or 'UTC')}",
             "",
             "policies:",
             *(POLICIES[name].rstrip("\n") for name in used),
@@ -153,13 +170,17 @@ def _entries(members: Sequence[Domain], everybody: Sequence[Domain]) -> Iterator
     for domain in sorted(members, key=lambda domain: domain.name):
         families[_family(domain.name)].append(domain)
     for pattern, family in families.items():
-        fitting = [domain for domain in everybody if fits(pattern, domain.name)]
-        if len(family) > 1 and is_pattern(pattern) and len(fitting) == len(family):
+        if len(family) > 1 and is_pattern(pattern) and _fitting(pattern, everybody) == len(family):
             names = [domain.name for domain in family]
             more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
             yield _quoted(pattern), f"  # {', '.join(names[:_MOST_NAMES])}{more}"
         else:
             yield from map(_entry, family)
+
+
+def _fitting(pattern: str, domains: Sequence[Domain]) -> int:
+    """Return how many domains the pattern fits."""
+    return sum(fits(pattern, domain.name) for domain in domains)
 
 
 def _family(name: str) -> str:

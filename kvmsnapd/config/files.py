@@ -93,7 +93,7 @@ def read_contents(path: Path) -> tuple[Contents, list[str]]:
     """
     contents: Contents = []
     problems: list[Problem] = []
-    parts, warnings = _list_parts(path)
+    parts, warnings = list_parts(path)
     left, owner = MOST_BYTES, owner_of(path)
     for file in (path, *parts):
         try:
@@ -136,7 +136,7 @@ def fingerprint(contents: Contents) -> str:
     return digest.hexdigest()
 
 
-def _list_parts(path: Path) -> tuple[list[Path], list[str]]:
+def list_parts(path: Path) -> tuple[list[Path], list[str]]:
     """Return the files of ``conf.d``, sorted, and warnings of those that look as if they were meant to be."""
     folder = path.parent / "conf.d"
     owner = owner_of(path)

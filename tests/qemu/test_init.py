@@ -32,9 +32,12 @@ def test_what_it_proposes_can_be_taken(libvirtd: Libvirtd, make_guest: Callable[
         "plain": make_guest(agent=False),
         "raw": make_guest(image_format="raw", running=False, agent=False),
         "inner": make_guest(running=False, agent=False),
+        "saved": make_guest(agent=False),
         "brief": make_guest(agent=False),
     }
     libvirtd.virsh("snapshot-create-as", guests["inner"].name, "by-hand")
+    libvirtd.virsh("snapshot-create-as", guests["saved"].name, "by-hand")
+    libvirtd.virsh("managedsave", guests["saved"].name)
     libvirtd.virsh("undefine", guests["brief"].name)
     config = tmp_path / "kvmsnapd.yaml"
     kvmsnapd(libvirtd.uri, config, "init", "--write")
@@ -42,8 +45,10 @@ def test_what_it_proposes_can_be_taken(libvirtd: Libvirtd, make_guest: Callable[
     config.write_text(config.read_text() + own)
     print(config.read_text())
     kvmsnapd(libvirtd.uri, config, "check-config")
+    libvirtd.virsh("managedsave-remove", guests["saved"].name)  # as the comment says
 
     protected = {name: guest for name, guest in guests.items() if name != "brief"}
+    kvmsnapd(libvirtd.uri, config, "plan")
     kvmsnapd(libvirtd.uri, config, "take", *(guest.name for guest in protected.values()))
     listed = json.loads(kvmsnapd(libvirtd.uri, config, "list", "--json"))
     found = {(s["domain"], s["kind"], s["consistency"]) for s in listed if s["policy"]}
@@ -52,4 +57,5 @@ def test_what_it_proposes_can_be_taken(libvirtd: Libvirtd, make_guest: Callable[
         (guests["plain"].name, "external", "crash"),
         (guests["raw"].name, "external", "offline"),
         (guests["inner"].name, "internal", "offline"),
+        (guests["saved"].name, "internal", "offline"),
     }
