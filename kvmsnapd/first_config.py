@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from kvmsnapd.matching import fits, is_pattern, is_uuid
 from kvmsnapd.model import Consistency, DomainState
 from kvmsnapd.preflight import plan_take
-from kvmsnapd.refusal import Refusal
+from kvmsnapd.refusal import Refusal, RefusalReason
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -87,7 +87,7 @@ def choose(domain: Domain, policies: Mapping[str, Policy], capabilities: Capabil
     settled, lasting = _settled(domain), ""
     for name, policy in policies.items():
         later, today = ask(settled, policy), ask(domain, policy)
-        if isinstance(later, Refusal) and not later.reason.heals:
+        if isinstance(later, Refusal) and not later.reason.heals and later.reason is not RefusalReason.RESTORING:
             lasting = lasting or later.detail
         elif isinstance(today, Refusal):
             return Choice(domain, name, f"Not now: {today.detail}.")

@@ -53,7 +53,10 @@ def init(arguments: argparse.Namespace) -> int:
     except OSError as error:
         msg = f"{path}: cannot be written: {error.strerror}; what was there is as it was"
         raise InvalidValueError(msg) from error
-    print(f"{path}: written, {proposal.counted}. Now: kvmsnapd plan, then systemctl enable --now kvmsnapd")
+    print(
+        f"{path}: written, {proposal.counted}. Now: kvmsnapd plan, then systemctl enable --now kvmsnapd, or reload it "
+        "where it runs"
+    )
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from kvmsnapd.config.reference import render_default_file
 from kvmsnapd.demo import write_test_host
 from kvmsnapd.first_config import POLICIES, choose
 from kvmsnapd.matching import Coverage, assign
-from kvmsnapd.model import DomainState, Kind
+from kvmsnapd.model import DomainState, Kind, Restoring
 from tests.builders import ANY_LIBVIRT, a_disk, a_domain, a_snapshot, at
 
 if TYPE_CHECKING:
@@ -98,6 +99,15 @@ def test_a_pattern_is_for_those_of_one_kind_only() -> None:
         *(a_domain(name=f"web-{number}", uuid=str(number), agent_connected=number < 3) for number in (1, 2, 3))
     )
     assert set(config.selectors) == {"web-1", "web-2", "web-3"}
+
+
+def test_a_domain_whose_restore_was_cut_off_is_not_given_up() -> None:
+    snapshot = a_snapshot()
+    assert snapshot.mark
+    mark = replace(snapshot.mark, restoring=Restoring(NOW, (), ran=False))
+    text, config = proposed(a_domain(replace(snapshot, mark=mark), name="db", uuid="1"))
+    assert policies_of(config) == {"db": ["standard"]}
+    assert "Not now: " in text
 
 
 def test_a_host_without_domains_gets_a_beginning() -> None:
