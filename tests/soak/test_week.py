@@ -142,10 +142,11 @@ def test_a_week_with_two_clock_changes(tmp_path: Path) -> None:
     assert_all_went_well(found)
     days = [sample for sample in found.report if sample["hours"] >= 24]  # the first day fills what is kept
     first, last = days[: len(days) // 3], days[-len(days) // 3 :]
-    for what, most in (("resident_mib", 1.03), ("threads", 1.0), ("descriptors", 1.0), ("scrape", 1.02)):
+    # One more descriptor or thread may be there just then; a leak would be one a day at least.
+    for what, most in (("resident_mib", 2), ("threads", 1), ("descriptors", 1), ("scrape", 2000)):
         before, after = (median(sample[what] for sample in part) for part in (first, last))
         print(f"{what}: {before:.1f} on the second and third day, {after:.1f} on the last two")
-        assert after <= before * most, found.report
+        assert after <= before + most, found.report
 
 
 def test_a_leap_day(tmp_path: Path) -> None:
