@@ -56,13 +56,16 @@ def show_name(thread: threading.Thread) -> None:
             Path(f"/proc/self/task/{thread.native_id}/comm").write_text(thread.name[:15])
 
 
+def _named(prefix: str) -> dict[str, Any]:
+    """Return the options of a pool whose threads have a name; without one they bear that of APScheduler's thread."""
+    return {"thread_name_prefix": prefix, "initializer": lambda: show_name(threading.current_thread())}
+
+
 class _Pool(ThreadPoolExecutor):  # type: ignore[misc]
     """APScheduler's pool, telling when a job is queued and not only when it begins to run."""
 
     def __init__(self, workers: int, active: _Active) -> None:
-        # Without a name of its own a thread bears that of the one that made it.
-        named = {"thread_name_prefix": "run", "initializer": lambda: show_name(threading.current_thread())}
-        super().__init__(workers, named)
+        super().__init__(workers, _named("run"))
         self._active = active
 
     def _do_submit_job(self, job: Any, run_times: list[datetime]) -> None:  # noqa: ANN401
@@ -136,7 +139,7 @@ class JobScheduler:
         self._owed_since: float | None = None
         self._scheduler = BackgroundScheduler(
             timezone=UTC,
-            executors={"default": _Pool(workers, self._active), _PROBE: ThreadPoolExecutor(1)},
+            executors={"default": _Pool(workers, self._active), _PROBE: ThreadPoolExecutor(1, _named(_PROBE))},
             # A late run is still wanted (the default drops it after one second), and once is enough.
             job_defaults={"misfire_grace_time": None, "coalesce": True, "max_instances": 1},
         )

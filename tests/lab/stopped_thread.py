@@ -23,11 +23,12 @@ def stopped_thread(name: str, leader: int) -> Iterator[None]:
     """Stop the thread of this name while the block runs; its process may end meanwhile.
 
     Args:
-        name: of the thread, as `ps -L` shows it; the only one of this name that shares `leader`'s process namespace.
+        name: of the thread, as `ps -L` shows it, in a process that shares `leader`'s process namespace. Of several it is
+            the oldest: a new one bears the name of its maker for a moment.
         leader: a process.
     """
     namespace = Path(f"/proc/{leader}/ns/pid").readlink()
-    (thread,) = (int(task.name) for task in Path("/proc").glob("[0-9]*/task/[0-9]*") if _is(task, name, namespace))
+    thread = min(int(task.name) for task in Path("/proc").glob("[0-9]*/task/[0-9]*") if _is(task, name, namespace))
     libc = ctypes.CDLL(None, use_errno=True)
     for request in (_SEIZE, _INTERRUPT):
         if libc.ptrace(request, thread, None, None) != 0:
