@@ -23,9 +23,9 @@ def stopped_thread(name: str, leader: int) -> Iterator[None]:
     """Stop the thread of this name while the block runs; its process may end meanwhile.
 
     Args:
-        name: of the thread, as `ps -L` shows it, in a process that shares `leader`'s process namespace. Of several it is
-            the oldest: a new one bears the name of its maker for a moment.
-        leader: a process.
+        name: of the thread, as `ps -L` shows it. Of several it is the oldest: a new one bears the name of its maker for a
+            moment.
+        leader: a process; the thread's shares its namespace of processes.
     """
     namespace = Path(f"/proc/{leader}/ns/pid").readlink()
     thread = min(int(task.name) for task in Path("/proc").glob("[0-9]*/task/[0-9]*") if _is(task, name, namespace))
