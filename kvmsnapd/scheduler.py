@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from apscheduler.executors.pool import ThreadPoolExecutor
+from apscheduler.jobstores.base import JobLookupError
 from apscheduler.schedulers.background import BackgroundScheduler
 from apscheduler.triggers.base import BaseTrigger
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 
 _PROBE = "probe"  # no pair's key: those have a slash
+_NEVER = datetime(9999, 1, 1, tzinfo=UTC)
 
 
 class _SlotTrigger(BaseTrigger):  # type: ignore[misc]  # APScheduler has no types
@@ -47,6 +49,16 @@ class _SlotTrigger(BaseTrigger):  # type: ignore[misc]  # APScheduler has no typ
 
     def __str__(self) -> str:
         return f"{self._policy.schedule} + {self._splay}"
+
+
+class _WhenAsked(BaseTrigger):  # type: ignore[misc]
+    """Fires only when its job is given a time.
+
+    One that ends would be no good: APScheduler 3.11 removes it on its own thread, which dies of that in a shutdown.
+    """
+
+    def get_next_fire_time(self, previous: datetime | None, now: datetime) -> datetime:  # noqa: ARG002  # as all
+        return _NEVER
 
 
 def show_name(thread: threading.Thread) -> None:
@@ -146,6 +158,7 @@ class JobScheduler:
 
     def start(self) -> None:
         """Begin to run jobs."""
+        self._scheduler.add_job(self._answer, _WhenAsked(), id=_PROBE, executor=_PROBE)
         self._scheduler.start()
 
     def sync(self, wanted: Mapping[str, Wanted]) -> JobChanges:
@@ -184,7 +197,8 @@ class JobScheduler:
         if self._stopping:
             return
         self._owed_since = self._owed_since or time.monotonic()
-        self._scheduler.add_job(self._answer, id=_PROBE, executor=_PROBE, replace_existing=True)
+        with suppress(JobLookupError):  # it is being stopped just now
+            self._scheduler.modify_job(_PROBE, next_run_time=datetime.now(UTC))
 
     def _answer(self) -> None:
         self._owed_since = None

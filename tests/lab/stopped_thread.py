@@ -23,8 +23,8 @@ def stopped_thread(name: str, leader: int) -> Iterator[None]:
     """Stop the thread of this name while the block runs; its process may end meanwhile.
 
     Args:
-        name: of the thread, as `ps -L` shows it. Of several it is the oldest: a new one bears the name of its maker for a
-            moment.
+        name: of the thread, as `ps -L` shows it. Of several it is the oldest: a new one bears the name of its maker for
+            a moment.
         leader: a process; the thread's shares its namespace of processes.
     """
     namespace = Path(f"/proc/{leader}/ns/pid").readlink()

@@ -80,6 +80,16 @@ def become(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
+def test_a_probe_that_is_asked_in_a_stop_leaves_no_thread_dead_of_an_error() -> None:
+    # Where a thread ends in an error, pytest has the test fail.
+    for _ in range(100):
+        scheduler = JobScheduler(lambda _key: None, workers=1)
+        scheduler.start()
+        scheduler.probe()
+        scheduler.stop(timedelta(seconds=SOON_ENOUGH))
+        scheduler._scheduler._thread.join()
+
+
 def test_a_probe_is_answered_at_once_though_no_worker_is_free(bench: Bench) -> None:
     bench.start("a")
     bench.scheduler.probe()
@@ -103,7 +113,7 @@ def test_a_scheduler_whose_thread_is_held_up_owes_the_answer(bench: Bench) -> No
 def test_jobs_follow_what_is_wanted(bench: Bench) -> None:
     assert bench.scheduler.sync({"a": wanted(), "b": wanted()}) == JobChanges(added=2)
     assert bench.scheduler.sync({"a": wanted(), "c": wanted()}) == JobChanges(added=1, removed=1)
-    assert {job.id for job in bench.scheduler._scheduler.get_jobs()} == {"a", "c"}
+    assert {job.id for job in bench.scheduler._scheduler.get_jobs()} == {"a", "c", "probe"}
 
 
 def test_a_job_that_is_as_wanted_is_not_touched(bench: Bench) -> None:
