@@ -1,6 +1,7 @@
 """Run the daemon in virtual time: `python -m tests.soak.daemon START HOURS REPORT SOCKET run --config …`.
 
-REPORT gets a JSON line for each six virtual hours: what the process takes then. SOCKET is where the metrics are.
+REPORT gets a JSON line for each six virtual hours: what the process takes then. SOCKET is where the metrics are; the
+last ones are left in REPORT.metrics.
 """
 
 from __future__ import annotations
@@ -36,9 +37,11 @@ def main() -> int:
         return any(scheduler.active() or scheduler._owed_since is not None for scheduler in schedulers)
 
     def look() -> None:
+        text = _scrape(metrics)
+        Path(f"{report}.metrics").write_bytes(text)
         taken = {
             "hours": virtual.elapsed / 3600,
-            "scrape": len(_scrape(metrics)),
+            "scrape": len(text),
             "resident_mib": int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE") / 2**20,
             "threads": len(os.listdir("/proc/self/task")),  # noqa: PTH208
             "descriptors": len(os.listdir("/proc/self/fd")),  # noqa: PTH208

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -27,7 +28,7 @@ DOMAINS = {"busy": 4, "hourly": 10, "berlin": 12, "sydney": 12, "newyork": 12}
 CONFIG = """\
 policies:
   busy: {schedule: every 15m, keep: {last: 2, within: 1h}, splay: 0s}
-  hourly: {schedule: hourly, keep: {last: 3, daily: 2}, splay: 2m}
+  hourly: {schedule: hourly, timezone: Australia/Sydney, keep: {last: 3, daily: 2}, splay: 2m}
   berlin: {schedule: "30 2 * * *", timezone: Europe/Berlin, keep: {daily: 3}}
   sydney: {schedule: "30 2 * * *", timezone: Australia/Sydney, keep: {last: 2}}
   newyork: {schedule: "0 */6 * * *", timezone: America/New_York, keep: {last: 1, weekly: 2}, splay: 5m}
@@ -76,14 +77,30 @@ SLOTS = {
 }
 
 
+def newest_of(slots: list[datetime], zone: str, period: Callable[[datetime], object]) -> list[datetime]:
+    """Return the newest slot of each period of a zone's calendar, oldest first."""
+    return list({period(slot.astimezone(ZoneInfo(zone))): slot for slot in slots}.values())
+
+
+# What `keep` leaves of slots, oldest first, after a week or more.
+KEPT: dict[str, Callable[[list[datetime]], set[datetime]]] = {
+    "busy": lambda slots: {slot for slot in slots if slot > slots[-1] - timedelta(hours=1)},
+    "hourly": lambda slots: {*slots[-3:], *newest_of(slots, "Australia/Sydney", lambda at: at.date())[-2:]},
+    "berlin": lambda slots: set(slots[-3:]),
+    "sydney": lambda slots: set(slots[-2:]),
+    "newyork": lambda slots: set(newest_of(slots, "America/New_York", lambda at: at.isocalendar()[:2])[-2:]),
+}
+
+
 @dataclass(frozen=True)
 class Soak:
-    """What a daemon has logged and taken in a span of virtual time."""
+    """What a daemon has logged and taken in a span of virtual time, and the metrics at its end."""
 
     start: datetime
     end: datetime
     events: list[dict[str, object]]
     report: list[dict[str, float]]
+    metrics: str
 
     def taken(self) -> Counter[tuple[str, datetime]]:
         """Return how often each slot of each domain was taken."""
@@ -92,6 +109,26 @@ class Soak:
             for event in self.events
             if event["event"] == "run.finished" and event["result"] == "taken"
         )
+
+    def left(self) -> dict[str, set[datetime]]:
+        """Return the slots of each domain that were taken and not deleted."""
+        slots: dict[str, set[datetime]] = {}
+        for event in self.events:
+            if event["event"] in {"snapshot.taken", "snapshot.deleted"}:
+                written = str(event["snapshot"]).rpartition("-")[2]
+                slot = datetime.strptime(written, "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC)
+                change = set.add if event["event"] == "snapshot.taken" else set.remove
+                change(slots.setdefault(str(event["domain"]), set()), slot)
+        return slots
+
+    def series(self, name: str) -> dict[str, float]:
+        """Return a series' value for each domain, as last scraped."""
+        return {
+            domain: float(value)
+            for domain, value in re.findall(
+                rf'^kvmsnapd_{name}\{{domain="([^"]+)".*\}} (\S+)$', self.metrics, re.MULTILINE
+            )
+        }
 
     def expected(self) -> set[tuple[str, datetime]]:
         """Return the slots of the span, and for each domain the one before it, which is caught up."""
@@ -123,6 +160,7 @@ def soak(directory: Path, start: str, hours: float) -> Soak:
         begun + timedelta(hours=hours),
         [json.loads(line) for line in log.read_text().splitlines()],
         [json.loads(line) for line in report.read_text().splitlines()],
+        (directory / "report.metrics").read_text().replace("\r\n", "\n"),
     )
 
 
@@ -137,9 +175,23 @@ def assert_all_went_well(found: Soak) -> None:
     print(f"{len(taken)} runs of {sum(DOMAINS.values())} domains, none lost, none doubled")
 
 
+def assert_the_right_ones_are_left(found: Soak) -> None:
+    by_domain: dict[str, list[datetime]] = {}
+    for domain, slot in sorted(found.taken()):
+        by_domain.setdefault(domain, []).append(slot)
+    wanted = {domain: KEPT[domain.partition("-")[0]](slots) for domain, slots in by_domain.items()}
+    assert found.left() == wanted
+    # The log says what the daemon did, the metrics what it then read from libvirt.
+    assert found.series("snapshots") == {domain: len(slots) for domain, slots in wanted.items()}
+    assert found.series("oldest_snapshot_timestamp_seconds") == {
+        domain: min(slots).timestamp() for domain, slots in wanted.items()
+    }
+
+
 def test_a_week_with_two_clock_changes(tmp_path: Path) -> None:
     found = soak(tmp_path, "2028-03-25T23:50:00+00:00", HOURS)
     assert_all_went_well(found)
+    assert_the_right_ones_are_left(found)
     days = [sample for sample in found.report if sample["hours"] >= 24]  # the first day fills what is kept
     first, last = days[: len(days) // 3], days[-len(days) // 3 :]
     # One more descriptor or thread may be there just then; a leak would be one a day at least.
