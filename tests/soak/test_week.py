@@ -194,6 +194,7 @@ def test_a_week_with_two_clock_changes(tmp_path: Path) -> None:
     assert_the_right_ones_are_left(found)
     days = [sample for sample in found.report if sample["hours"] >= 24]  # the first day fills what is kept
     first, last = days[: len(days) // 3], days[-len(days) // 3 :]
+    print("resident MiB by day:", *(f"{sample['resident_mib']:.1f}" for sample in found.report[::4]))
     # One more descriptor or thread may be there just then; a leak would be one a day at least.
     for what, most in (("resident_mib", 2), ("threads", 1), ("descriptors", 1), ("scrape", 2000)):
         before, after = (median(sample[what] for sample in part) for part in (first, last))

@@ -7,6 +7,7 @@ import signal
 import socket
 from datetime import timedelta
 from typing import TYPE_CHECKING
+from uuid import uuid4
 
 import pytest
 
@@ -43,8 +44,8 @@ class Listener:
 
 @pytest.fixture(params=["path", "abstract"])
 def listener(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Listener]:
-    name = str(tmp_path / "notify")
-    listener = Listener(name if request.param == "path" else f"\0{name}")
+    # Abstract names are one for the whole machine, whatever root a test run has.
+    listener = Listener(str(tmp_path / "notify") if request.param == "path" else f"\0kvmsnapd-{uuid4()}")
     yield listener
     listener.socket.close()
 
@@ -105,9 +106,10 @@ domains:
 
 
 def test_a_daemon_tells_how_it_is_from_start_to_end(
-    listener: Listener, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    listener: Listener, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     daemon = DaemonProcess(tmp_path / "daemon", write_test_host(tmp_path, {"db01": True}), POLICIES)
+    request.addfinalizer(daemon.kill)
     monkeypatch.setenv("NOTIFY_SOCKET", listener.address)
     monkeypatch.setenv("WATCHDOG_USEC", "30000000")
     daemon.start()
