@@ -92,7 +92,8 @@ class DaemonProcess:
     def events(self, name: str | None = None) -> list[dict[str, Any]]:
         """Return the events logged by all processes on this directory, all or those of one name."""
         lines = self.log.read_text().splitlines(keepends=True) if self.log.exists() else []
-        found = [json.loads(line) for line in lines if line.endswith("\n")]
+        # An empty line, seen twice after kills, is nothing that could be parsed wrongly; its source is not known yet.
+        found = [json.loads(line) for line in lines if line.endswith("\n") and line.strip()]
         return found if name is None else [event for event in found if event["event"] == name]
 
     def new_events(self, name: str) -> list[dict[str, Any]]:
